@@ -1,0 +1,188 @@
+"""Everything that depends on the JAX version, and the few private JAX names that have no public one."""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.core
+from jax import export, lax
+from jax._src.core import InconclusiveDimensionOperation  # no public name since JAX 0.11
+from jax.interpreters import ad, mlir
+
+try:
+    from jax import ffi  # JAX >= 0.5.0
+except ImportError:
+    from jax.extend import ffi
+
+__all__ = [
+    "Primitive",
+    "call_native",
+    "ffi_api_minor",
+    "for_export",
+    "is_symbolic",
+    "lower_plainly",
+    "max_dim",
+    "min_dim",
+    "platforms",
+    "register_target",
+    "retyped",
+    "runs_whole_arrays",
+    "sharded_like",
+    "symbolic_below",
+    "vary_alike",
+    "zero_tangent",
+]
+
+from jax.extend.core import Primitive
+
+# --- symbolic dimensions ------------------------------------------------------------------------------
+
+max_dim, min_dim = jax.core.max_dim, jax.core.min_dim
+
+
+def is_symbolic(dim: Any) -> bool:
+    return bool(export.is_symbolic_dim(dim))
+
+
+def symbolic_below(value: Any, bound: int) -> bool:
+    """Whether `value < bound` for every value of its symbols; false where that cannot be decided."""
+    try:
+        return bool(value < bound)
+    except InconclusiveDimensionOperation:
+        return False
+
+
+# --- shard_map ----------------------------------------------------------------------------------------
+
+
+def vary_alike(*arrays: Any) -> tuple[Any, ...]:
+    """Marks every array as varying over the union of the manual mesh axes that any of them varies over.
+
+    Without this a replicated operand beside a sharded one loses the sum over devices in its gradient:
+    the transpose of the mark is that sum. Does nothing outside `shard_map`, and before JAX 0.10, whose
+    `shard_map` does not track what varies through primitives of other libraries.
+    """
+    if len(arrays) < 2 or not hasattr(lax, "pcast") or not hasattr(jax, "typeof"):
+        return arrays
+    varying = [_varying(a) for a in arrays]
+    union = frozenset().union(*varying)
+    return tuple(
+        lax.pcast(a, tuple(union - v), to="varying") if union - v else a
+        for a, v in zip(arrays, varying, strict=True)
+    )
+
+
+def _varying(array: Any) -> frozenset[str]:
+    aval = jax.typeof(array)
+    manual = getattr(aval, "manual_axis_type", None)
+    return frozenset(manual.varying if manual is not None else getattr(aval, "vma", ()))
+
+
+# --- types --------------------------------------------------------------------------------------------
+
+
+def retyped(aval: Any, shape: tuple[Any, ...], dtype: Any) -> Any:
+    """The type `aval` with another shape and dtype; its sharding and what it varies over stay.
+
+    On an explicit mesh an axis whose new length the mesh does not divide is no longer sharded.
+    """
+    changes: dict[str, Any] = {"shape": shape, "dtype": dtype, "weak_type": False}
+    sharding = getattr(aval, "sharding", None)
+    if sharding is not None and not sharding.mesh.empty and any(sharding.spec):
+        spec = [
+            names
+            if names is None or n % math.prod(sharding.mesh.shape[a] for a in _names(names)) == 0
+            else None
+            for n, names in zip(shape, sharding.spec, strict=True)
+        ]
+        changes["sharding"] = sharding.update(spec=jax.sharding.PartitionSpec(*spec))
+    return aval.update(**changes)
+
+
+def _names(names: Any) -> tuple[Any, ...]:
+    return names if isinstance(names, tuple) else (names,)
+
+
+def sharded_like(aval: Any, x: Any) -> Any:
+    """`x` with the sharding that the type `aval` has on an explicit mesh."""
+    wanted = getattr(aval, "sharding", None)
+    if wanted is None or wanted.mesh.empty or jax.typeof(x).sharding == wanted:
+        return x
+    return jax.sharding.reshard(x, wanted)
+
+
+def zero_tangent(x: Any) -> ad.Zero:
+    """The tangent of something that does not depend on what is being differentiated."""
+    aval = jax.typeof(x) if hasattr(jax, "typeof") else jax.core.get_aval(x)
+    return ad.Zero(aval.to_tangent_aval())
+
+
+# --- lowering -----------------------------------------------------------------------------------------
+
+
+def platforms(ctx: mlir.LoweringRuleContext) -> Sequence[str]:
+    """The platforms that the code of this lowering is for."""
+    return getattr(ctx, "platforms", None) or ctx.module_context.platforms
+
+
+def for_export(ctx: mlir.LoweringRuleContext) -> bool:
+    return bool(getattr(ctx.module_context.lowering_parameters, "for_export", True))
+
+
+def runs_whole_arrays(ctx: mlir.LoweringRuleContext) -> bool:
+    """Whether the arrays of this lowering are what one device sees, so that nothing partitions them."""
+    axes = ctx.module_context.axis_context
+    devices = getattr(axes, "num_devices", None)
+    if devices is not None:
+        return bool(devices == 1)
+    mesh = getattr(axes, "mesh", None)
+    if mesh is not None:
+        return mesh.size == 1 or frozenset(mesh.axis_names) == frozenset(axes.manual_axes)
+    return type(axes).__name__ == "ReplicaAxisContext"  # pmap before JAX 0.8
+
+
+def lower_plainly(fun: Callable[..., Any]) -> Callable[..., Any]:
+    """A lowering rule that traces `fun` on arrays without sharding types.
+
+    The primitive's own rule has already typed the result. Inside, a reshape that splits a sharded axis
+    would be refused on an explicit mesh, and constants would need marks in `shard_map`; the compiler's
+    partitioner needs neither.
+    """
+    rule = mlir.lower_fun(fun, multiple_results=False)
+    rules = mlir.lower_fun(fun, multiple_results=True)
+
+    def lower(ctx: mlir.LoweringRuleContext, *operands: Any, **params: Any) -> Any:
+        avals = [jax.core.ShapedArray(a.shape, a.dtype) for a in ctx.avals_in]
+        chosen = rules if ctx.primitive is not None and ctx.primitive.multiple_results else rule
+        if not hasattr(jax.sharding, "use_abstract_mesh"):
+            return chosen(ctx.replace(avals_in=avals), *operands, **params)
+        with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+            avals = [jax.core.ShapedArray(a.shape, a.dtype) for a in ctx.avals_in]
+            return chosen(ctx.replace(avals_in=avals), *operands, **params)
+
+    return lower
+
+
+# --- foreign functions --------------------------------------------------------------------------------
+
+
+def call_native(ctx: mlir.LoweringRuleContext, target: str, *operands: Any, **attributes: Any) -> Any:
+    return ffi.ffi_lowering(target)(ctx, *operands, **attributes)
+
+
+def register_target(name: str, function: Any) -> None:
+    ffi.register_ffi_target(name, ffi.pycapsule(function), platform="cpu")
+
+
+@functools.cache
+def ffi_api_minor() -> int:
+    """The minor version of the FFI API that the installed jaxlib speaks."""
+    header = Path(ffi.include_dir()) / "xla" / "ffi" / "api" / "c_api.h"
+    match = re.search(r"#define\s+XLA_FFI_API_MINOR\s+(\d+)", header.read_text())
+    return int(match.group(1)) if match else 0

@@ -1,0 +1,82 @@
+"""How a primitive becomes code.
+
+| platform and context | code |
+|---|---|
+| cpu; one device or a fully manual mesh, static shapes, the library loaded | native kernel |
+| cpu otherwise: several devices under automatic or explicit sharding, export, symbolic shapes | StableHLO |
+| every other platform, Apple's included | StableHLO |
+
+The StableHLO of every primitive is written in `xla.py` with `jax.lax` alone, from operations that every
+platform has. Nothing is registered under a third party's platform name: JAX raises for a platform whose
+plugin is absent, so the default rule serves them all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from jax.interpreters import mlir
+
+from jax_mps import _compat
+from jax_mps.lowering import ffi
+
+IMPLEMENTATIONS = (None, "native", "xla")
+
+
+def check_implementation(implementation: Any, *, static: bool) -> None:
+    """Refuses an unknown implementation, and a native one that is already known to be impossible."""
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation must be None, 'native' or 'xla', got {implementation!r}")
+    if implementation == "native":
+        if not ffi.status().available:
+            raise ValueError(f"implementation='native' cannot be had: {ffi.status().reason}")
+        if not static:
+            raise ValueError("implementation='native' needs static shapes, got symbolic dimensions")
+
+
+def register(
+    primitive: Any,
+    *,
+    xla: Callable[..., Any],
+    native: Callable[..., tuple[str, dict[str, Any]]],
+) -> None:
+    """Registers both lowerings of a primitive.
+
+    Args:
+      primitive: its parameters include `implementation`, which this module alone reads.
+      xla: the function of the operands and the other parameters to trace into StableHLO.
+      native: gives the handler's name and its attributes for the other parameters.
+    """
+    to_stablehlo = _compat.lower_plainly(xla)
+
+    def portable(ctx: Any, *operands: Any, implementation: str | None, **params: Any) -> Any:
+        if implementation == "native":
+            raise ValueError(
+                f"implementation='native' cannot be had on {', '.join(_compat.platforms(ctx))}: "
+                "native kernels are for the CPU"
+            )
+        return to_stablehlo(ctx, *operands, **params)
+
+    def cpu(ctx: Any, *operands: Any, implementation: str | None, **params: Any) -> Any:
+        obstacle = "" if implementation == "xla" else _obstacle(ctx)
+        if obstacle and implementation == "native":
+            raise ValueError(f"implementation='native' cannot be had: {obstacle}")
+        if obstacle or implementation == "xla":
+            return to_stablehlo(ctx, *operands, **params)
+        name, attributes = native(**params)
+        return _compat.call_native(ctx, ffi.target(name), *operands, **attributes)
+
+    mlir.register_lowering(primitive, portable)
+    mlir.register_lowering(primitive, cpu, platform="cpu")
+
+
+def _obstacle(ctx: Any) -> str:
+    """Why a native kernel cannot serve here; empty if it can."""
+    if _compat.for_export(ctx):
+        return "an exported program must not depend on this library"
+    if not _compat.runs_whole_arrays(ctx):
+        return "arrays sharded over several devices need StableHLO, which XLA can partition"
+    if any(_compat.is_symbolic(d) for aval in ctx.avals_in for d in aval.shape):
+        return "shapes are symbolic"
+    return ffi.status().reason

@@ -1,0 +1,671 @@
+"""The StableHLO of every primitive, from operations that every platform has.
+
+No `reduce_window`, `select_and_scatter`, gather, scatter, reverse or interior padding: they are slow,
+wrong or missing somewhere. What is left are slices, edge pads, reshapes, selects and elementwise
+arithmetic. The size of a program depends on the window alone, and at most on its logarithm:
+
+* Windows that do not touch each other are rows of a reshaped array.
+* Up to `_CHAIN` taps of an axis are strided slices.
+* More taps are combined by doubling: the result for 2m neighbouring taps is the combination of two
+  results for m taps, one shifted by m.
+
+Axes are taken one after the other. An argmax survives that, because the innermost axis is reduced first
+and every combination prefers its left side; so does the routing of values to and from the argmax,
+because the windows that choose their maximum inside a common part of the image choose the same pixel
+(`_Routes`).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jax_mps.geometry import Axis, Band, Dim, Divisor, Window, surely_below
+
+Array = Any
+State = tuple[Array, ...]
+
+_CHAIN = 8
+"""Taps of an axis up to which strided slices are cheaper than doubling."""
+
+_TAPS = 32
+"""Taps of a window up to which each is compared with the chosen one, whatever axis it is on."""
+
+_WINDOWS = 9
+"""Windows that reach a pixel, up to which each is compared, whatever axis it is on."""
+
+
+# --- one axis: growing, cutting, combining ------------------------------------------------------------
+
+
+def accumulator(dtype: Any) -> np.dtype[Any]:
+    """The type that sums are formed in: float32, or float64 for float64."""
+    return np.dtype(np.float64 if dtype == np.float64 else np.float32)
+
+
+def _resize(x: Array, dim: int, before: Dim, after: Dim, fill: Any) -> Array:
+    """Adds that many elements of `fill` at the ends of an axis; cuts elements off where negative."""
+    length = x.shape[dim]
+    if all(isinstance(n, int) for n in (length, before, after)):
+        # The part of x that stays, which may be nothing.
+        first = min(max(-before, 0), length)
+        limit = max(min(length + after, length), first)
+        if (first, limit) != (0, length):
+            x = _cut(x, dim, first, limit)
+            before, after = before + first, after + length - limit
+            before, after = (before, after) if limit > first else (before + after, 0)
+        if before == after == 0:
+            return x
+    config = [(0, 0, 0)] * x.ndim
+    config[dim] = (before, after, 0)
+    return lax.pad(x, _scalar(fill, x.dtype), config)
+
+
+def _cut(x: Array, dim: int, first: Dim, limit: Dim, stride: int = 1) -> Array:
+    starts, limits, strides = [0] * x.ndim, list(x.shape), [1] * x.ndim
+    starts[dim], limits[dim], strides[dim] = first, limit, stride
+    return lax.slice(x, starts, limits, strides)
+
+
+def _scalar(value: Any, dtype: Any) -> Array:
+    return np.array(value, dtype)
+
+
+def _cover(x: Array, axis: Axis, dim: int, fill: Any) -> Array:
+    """The pixels from the first to the last tap of all windows."""
+    return _resize(x, dim, axis.lo, axis.hi, fill)
+
+
+def _uncover(x: Array, axis: Axis, dim: int, fill: Any) -> Array:
+    """From an array that begins with the first tap to the pixels of the image."""
+    return _resize(x, dim, -axis.lo, axis.size + axis.lo - x.shape[dim], fill)
+
+
+def _tap(x: Array, axis: Axis, dim: int, k: int) -> Array:
+    """Tap `k` of every window of a covered array."""
+    first = k * axis.dilation
+    return _cut(x, dim, first, first + (axis.out - 1) * axis.stride + 1, axis.stride)
+
+
+def _blocks(x: Array, axis: Axis, dim: int, fill: Any) -> Array:
+    """Windows that do not touch, as the rows of a new axis behind `dim`."""
+    x = _resize(x, dim, axis.lo, axis.out * axis.stride - axis.lo - axis.size, fill)
+    x = lax.reshape(x, (*x.shape[:dim], axis.out, axis.stride, *x.shape[dim + 1 :]))
+    return _cut(x, dim + 1, 0, axis.kernel)
+
+
+def _unblock(x: Array, axis: Axis, dim: int) -> Array:
+    """The inverse of splitting an axis into (blocks, phases); then cut or grown to the image."""
+    x = lax.reshape(x, (*x.shape[:dim], x.shape[dim] * x.shape[dim + 1], *x.shape[dim + 2 :]))
+    return _uncover(x, axis, dim, 0)
+
+
+def _disjoint(axis: Axis) -> bool:
+    return axis.dilation == 1 and axis.stride >= axis.kernel
+
+
+def _fold(
+    state: State,
+    axis: Axis,
+    dim: int,
+    combine: Callable[[State, State, int], State],
+    fill: State,
+    *,
+    reduce: Callable[[Array, int], Array] | None = None,
+    idempotent: bool = False,
+) -> State:
+    """Combines the taps of every window of one axis.
+
+    Args:
+      state: arrays that are combined together.
+      axis: the windows.
+      dim: the axis of the arrays.
+      combine: an associative function of the states of two runs of taps, the second of which begins the
+        given number of taps after the first.
+      fill: the values of the padding.
+      reduce: the same over a whole axis, if one operation does it.
+      idempotent: whether a tap may be combined twice.
+    """
+    if reduce is not None and _disjoint(axis) and axis.kernel > 1:
+        return tuple(reduce(_blocks(x, axis, dim, f), dim + 1) for x, f in zip(state, fill, strict=True))
+
+    state = tuple(_cover(x, axis, dim, f) for x, f in zip(state, fill, strict=True))
+    if axis.kernel <= _CHAIN:
+        result = tuple(_tap(x, axis, dim, 0) for x in state)
+        for k in range(1, axis.kernel):
+            result = combine(result, tuple(_tap(x, axis, dim, k) for x in state), k)
+        return result
+
+    # powers[b] combines 2**b neighbouring taps at every pixel.
+    powers, d = [state], axis.dilation
+    for bit in range(axis.kernel.bit_length() - 1):
+        taps = 2**bit
+        length = powers[-1][0].shape[dim] - taps * d
+        left = tuple(_cut(x, dim, 0, length) for x in powers[-1])
+        right = tuple(_cut(x, dim, taps * d, taps * d + length) for x in powers[-1])
+        powers.append(combine(left, right, taps))
+    bits = [bit for bit in reversed(range(len(powers))) if axis.kernel >> bit & 1]
+    firsts = [axis.kernel >> (bit + 1) << (bit + 1) for bit in bits]
+    if idempotent and len(bits) > 1:  # two overlapping runs of the longest power cover the window
+        bits, firsts = [bits[0]] * 2, [0, axis.kernel - 2 ** bits[0]]
+    span = (axis.out - 1) * axis.stride + 1
+    parts = [
+        tuple(_cut(x, dim, first * d, first * d + span, axis.stride) for x in powers[bit])
+        for bit, first in zip(bits, firsts, strict=True)
+    ]
+    result = parts[0]
+    for first, part in zip(firsts[1:], parts[1:], strict=True):
+        result = combine(result, part, first)
+    return result
+
+
+def _fold_window(
+    state: State,
+    window: Window,
+    start: int,
+    combine: Callable[[State, State, int], State],
+    fill: State,
+    **options: Any,
+) -> State:
+    """Combines the taps of every window over all axes, the innermost first."""
+    for i in reversed(range(window.rank)):
+        state = _fold(state, window.axes[i], start + i, combine, fill, **options)
+    return state
+
+
+def _add(a: State, b: State, _: int) -> State:
+    return tuple(x + y for x, y in zip(a, b, strict=True))
+
+
+def _spread(g: Array, axis: Axis, dim: int) -> Array:
+    """The transpose of summing the taps of one axis: every pixel gets the sum over its windows."""
+    s, d = axis.stride, axis.dilation
+    if s > 1:
+        terms = _neighbours(axis)
+        if len(terms) <= _CHAIN:
+            total = None
+            for j, taps in terms:
+                term = _phases(_nth_before(g, axis, dim, j, 0), dim, s)
+                if min(taps) < 0:
+                    hit = lax.broadcast_in_dim(np.array(taps) >= 0, term.shape, (dim + 1,))
+                    term = lax.select(hit, term, lax.full_like(term, 0))
+                total = term if total is None else total + term
+            return _unblock(total, axis, dim)
+        # Zeros between the windows turn the stride into 1.
+        g = _resize(lax.expand_dims(g, (dim + 1,)), dim + 1, 0, s - 1, 0)
+        g = lax.reshape(g, (*g.shape[:dim], axis.out * s, *g.shape[dim + 2 :]))
+        g = _cut(g, dim, 0, (axis.out - 1) * s + 1)
+    reach = (axis.kernel - 1) * d
+    length = g.shape[dim] + reach
+    mirrored = Axis(g.shape[dim], axis.kernel, 1, d, reach, length)
+    (total,) = _fold((g,), mirrored, dim, _add, (0,))
+    return _uncover(total, axis, dim, 0)
+
+
+def _neighbours(axis: Axis) -> list[tuple[int, tuple[int, ...]]]:
+    """Which windows reach a pixel.
+
+    Cut the padded axis into blocks of `stride` pixels, so that pixel r of block q is number
+    `q * stride + r`, and window p starts with block p. Returns the pairs (j, taps): pixel r of block q
+    is tap `taps[r]` of window q - j, or none of its taps where `taps[r]` is -1.
+    """
+    found = []
+    for j in range((axis.extent - 1) // axis.stride + 1):
+        distances = range(j * axis.stride, (j + 1) * axis.stride)
+        taps = tuple(
+            m // axis.dilation if m % axis.dilation == 0 and m < axis.extent else -1 for m in distances
+        )
+        if max(taps) >= 0:
+            found.append((j, taps))
+    return found
+
+
+def _nth_before(g: Array, axis: Axis, dim: int, j: int, fill: Any) -> Array:
+    """For every block of `stride` pixels (see `_neighbours`), the window `j` blocks before it."""
+    blocks = -(-(axis.size + axis.lo) // axis.stride)
+    return _resize(g, dim, j, blocks - axis.out - j, fill)
+
+
+def _phases(x: Array, dim: int, count: int) -> Array:
+    """Repeats every element of an axis along a new axis behind it."""
+    shape = (*x.shape[: dim + 1], count, *x.shape[dim + 1 :])
+    return lax.broadcast_in_dim(x, shape, [i for i in range(len(shape)) if i != dim + 1])
+
+
+# --- max ----------------------------------------------------------------------------------------------
+
+
+def max_pool(x: Array, *, window: Window, start: int) -> Array:
+    lowest = _lowest(x.dtype)
+
+    def combine(a: State, b: State, _: int) -> State:
+        return (lax.max(a[0], b[0]),)
+
+    def reduce(a: Array, dim: int) -> Array:
+        return _reduce_max(a, (dim,))
+
+    return _fold_window((x,), window, start, combine, (lowest,), reduce=reduce, idempotent=True)[0]
+
+
+def max_pool_index(x: Array, *, window: Window, start: int) -> Array:
+    return max_pool_with_index(x, window=window, start=start)[1]
+
+
+def max_pool_with_index(x: Array, *, window: Window, start: int) -> tuple[Array, Array]:
+    if all(map(_disjoint, window.axes)):
+        value, tap = _argmax_of_blocks(x, window, start)
+    else:
+        value, tap = _argmax_by_axis(x, window, start)
+    # The padding holds the lowest value. Where it ties with the image, everything ties, and tap 0 was
+    # chosen; the first tap inside the image is the right one.
+    unit, least = window.taps, None
+    for dim, axis in enumerate(window.axes, start):
+        unit //= axis.kernel
+        if not surely_below(axis.lo, 1):
+            first = _first_taps(axis)
+            first = _resize(first * np.int32(unit), 0, 0, axis.out - first.shape[0], 0)
+            along = lax.broadcast_in_dim(first, tap.shape, (dim,))
+            least = along if least is None else least + along
+    if least is not None:
+        tap = lax.max(tap, least)
+    return value, lax.convert_element_type(tap, window.tap_dtype)
+
+
+def _argmax_by_axis(x: Array, window: Window, start: int) -> State:
+    state: State = (x, lax.full_like(x, 0, dtype=np.int32))
+    unit = 1
+    for i in reversed(range(window.rank)):
+
+        def combine(a: State, b: State, distance: int, unit: int = unit) -> State:
+            (left, il), (right, ir) = a, b
+            value = lax.max(left, right)
+            better = lax.ne(value, left)
+            if _has_nan(left):  # the first NaN stays
+                better = lax.bitwise_and(better, lax.eq(left, left))
+            return value, lax.select(better, ir + _full(ir, distance * unit), il)
+
+        fill = (_lowest(x.dtype), 0)
+        state = _fold(state, window.axes[i], start + i, combine, fill, idempotent=True)
+        unit *= window.axes[i].kernel
+    return state
+
+
+def _argmax_of_blocks(x: Array, window: Window, start: int) -> State:
+    """The maximum of every block and the smallest number of a tap that equals it."""
+    blocks, dims = _all_blocks(x, window, start, _lowest(x.dtype))
+    value = _reduce_max(blocks, dims)
+    kept = [i for i in range(blocks.ndim) if i not in dims]
+    maximum = lax.broadcast_in_dim(value, blocks.shape, kept)
+    hit = lax.eq(blocks, maximum)
+    if _has_nan(x):  # a maximum that is NaN was brought by a NaN
+        hit = lax.bitwise_or(hit, lax.ne(blocks, blocks))
+    numbers = lax.broadcast_in_dim(_numbers(window), blocks.shape, dims)
+    candidates = lax.select(hit, numbers, _full(numbers, window.taps))
+    return value, lax.reduce(candidates, _scalar(window.taps, np.int32), lax.min, dims)
+
+
+def _all_blocks(x: Array, window: Window, start: int, fill: Any) -> tuple[Array, tuple[int, ...]]:
+    """Windows that do not touch along any axis: every axis becomes (windows, taps)."""
+    for i, axis in reversed(list(enumerate(window.axes, start))):
+        x = _blocks(x, axis, i, fill)
+    return x, tuple(start + 2 * i + 1 for i in range(window.rank))
+
+
+def _numbers(window: Window) -> np.ndarray:
+    return np.arange(window.taps, dtype=np.int32).reshape(window.kernel)
+
+
+def _first_taps(axis: Axis) -> Array:
+    """The first tap inside the image, for as many windows as can begin before it."""
+    before = -(-(axis.extent - 1) // axis.stride)
+    if isinstance(axis.out, int):
+        before = min(before, axis.out)
+    starts = axis.stride * np.arange(before, dtype=np.int32)
+    if isinstance(axis.lo, int):
+        return np.maximum(-((starts - axis.lo) // axis.dilation), 0).astype(np.int32)
+    # A symbolic padding has a value only when the program runs.
+    return jnp.maximum(-((starts - jnp.asarray(axis.lo, np.int32)) // axis.dilation), 0)
+
+
+def _has_nan(x: Array) -> bool:
+    return bool(jnp.issubdtype(x.dtype, jnp.floating))
+
+
+def _lowest(dtype: Any) -> Any:
+    if dtype == np.bool_:
+        return False
+    return np.iinfo(dtype).min if np.dtype(dtype).kind in "iu" else -np.inf
+
+
+def _reduce_max(x: Array, dims: Sequence[int]) -> Array:
+    return lax.reduce(x, _scalar(_lowest(x.dtype), x.dtype), lax.max, dims)
+
+
+def _full(x: Array, value: int) -> Array:
+    return lax.full_like(x, value)
+
+
+def max_pool_take(t: Array, tap: Array, *, window: Window, start: int) -> Array:
+    tap = lax.convert_element_type(tap, np.int32)
+    if all(map(_disjoint, window.axes)):
+        blocks, dims = _all_blocks(t, window, start, 0)
+        kept = [i for i in range(blocks.ndim) if i not in dims]
+        chosen = lax.broadcast_in_dim(tap, blocks.shape, kept)
+        hit = lax.eq(chosen, lax.broadcast_in_dim(_numbers(window), blocks.shape, dims))
+        values = lax.select(hit, blocks, lax.full_like(blocks, 0))
+        return lax.reduce(values, _scalar(0, t.dtype), lax.add, dims)  # one term a block, so exact
+    if window.taps > _TAPS:
+        return _Routes(tap, window, start).take(t)
+    for i, axis in enumerate(window.axes, start):
+        t = _cover(t, axis, i, 0)
+    out = lax.full_like(t, 0, shape=tap.shape)
+    for number, taps in enumerate(itertools.product(*(range(n) for n in window.kernel))):
+        starts, limits, strides = [0] * t.ndim, list(t.shape), [1] * t.ndim
+        for i, (axis, k) in enumerate(zip(window.axes, taps, strict=True), start):
+            starts[i], strides[i] = k * axis.dilation, axis.stride
+            limits[i] = starts[i] + (axis.out - 1) * axis.stride + 1
+        out = lax.select(lax.eq(tap, _full(tap, number)), lax.slice(t, starts, limits, strides), out)
+    return out
+
+
+def max_pool_put(g: Array, tap: Array, *, window: Window, start: int) -> Array:
+    dtype = g.dtype
+    g = lax.convert_element_type(g, accumulator(dtype))
+    tap = lax.convert_element_type(tap, np.int32)
+    terms = [_neighbours(axis) for axis in window.axes]
+    if math.prod(map(len, terms)) > _WINDOWS:
+        total = _Routes(tap, window, start).put(g)
+    else:
+        total = _put_by_phases(g, tap, window, start, terms)
+    return lax.convert_element_type(total, dtype)
+
+
+def _put_by_phases(
+    g: Array,
+    tap: Array,
+    window: Window,
+    start: int,
+    terms: Sequence[Sequence[tuple[int, tuple[int, ...]]]],
+) -> Array:
+    """Every pixel compares its own tap number with the choice of each window that reaches it.
+
+    Each axis is split into (blocks, phases) at once, so that the image is written a single time.
+    """
+    shifted: dict[tuple[int, ...], State] = {(): (g, tap)}
+    for i, (axis, along) in enumerate(zip(window.axes, terms, strict=True), start):
+        shifted = {
+            (*key, n): (_nth_before(value, axis, i, j, 0), _nth_before(chosen, axis, i, j, -1))
+            for key, (value, chosen) in shifted.items()
+            for n, (j, _) in enumerate(along)
+        }
+    phases = tuple(start + 2 * i + 1 for i in range(window.rank))
+    total = None
+    for key, (value, chosen) in shifted.items():
+        number = np.zeros((), np.int32)
+        for axis, along, n in zip(window.axes, terms, key, strict=True):
+            taps = np.array(along[n][1], np.int32)
+            # Pixels that are no tap get a number that no window has chosen.
+            none = (number[..., None] < 0) | (taps < 0)
+            number = np.where(none, -2, number[..., None] * axis.kernel + taps).astype(np.int32)
+        shape = list(value.shape)
+        for i, axis in reversed(list(enumerate(window.axes, start))):
+            shape.insert(i + 1, axis.stride)
+        kept = [i for i in range(len(shape)) if i not in phases]
+        value, chosen = (lax.broadcast_in_dim(a, shape, kept) for a in (value, chosen))
+        hit = lax.eq(chosen, lax.broadcast_in_dim(number, shape, phases))
+        term = lax.select(hit, value, lax.full_like(value, 0))
+        total = term if total is None else total + term
+    for i, axis in enumerate(window.axes, start):
+        total = _unblock(total, axis, i)
+    return total
+
+
+class _Routes:
+    """Paths between every window and its chosen tap, through windows of half the size and half again.
+
+    Begin with all windows of an axis, each at its first pixel. A window of K taps is covered by two of
+    m < K taps: one with the same first pixel, one K - m taps later. Windows that overlap and choose the
+    same part agree on the tap they choose in it, because a maximum of a set is the maximum of any part
+    that contains it (ties and NaN included: the order of pixels is total). So one integer a pixel says
+    where the tap is from there, and each step moves all values at once. Negative numbers mark pixels
+    where no path passes.
+    """
+
+    def __init__(self, tap: Array, window: Window, start: int) -> None:
+        self.window, self.start = window, start
+        self.steps: list[list[tuple[int, Array]]] = []
+        unit = window.taps
+        for i, axis in enumerate(window.axes):
+            unit //= axis.kernel
+            dim = start + i
+            tap = _at_first_pixel(tap, axis, dim, -1)
+            nowhere = _full(tap, -1)
+            steps, length = [], axis.kernel
+            while length > 1:
+                half = 2 ** ((length - 1).bit_length() - 1)
+                later = length - half
+                bound = _full(tap, half * unit)
+                turn = lax.ge(tap, bound)
+                steps.append((later * axis.dilation, turn))
+                # The other turn leaves a negative number, except where the two parts overlap.
+                move = (
+                    tap - bound
+                    if later == half
+                    else lax.select(turn, tap - _full(tap, later * unit), nowhere)
+                )
+                length = half
+                if unit > 1 or length > 1:
+                    stay = lax.select(turn, nowhere, tap)
+                    tap = lax.max(stay, _shift(move, dim, later * axis.dilation, -1))
+            tap = _uncover(tap, axis, dim, -1)
+            self.steps.append(steps)
+
+    def put(self, g: Array) -> Array:
+        """Adds the value of every window at its tap."""
+        for dim, (axis, steps) in enumerate(zip(self.window.axes, self.steps, strict=True), self.start):
+            g = _at_first_pixel(g, axis, dim, 0)
+            zero = lax.full_like(g, 0)
+            for distance, turn in steps:
+                g = lax.select(turn, zero, g) + _shift(lax.select(turn, g, zero), dim, distance, 0)
+            g = _uncover(g, axis, dim, 0)
+        return g
+
+    def take(self, t: Array) -> Array:
+        """The value of every window's tap: `put` backwards."""
+        for i in reversed(range(self.window.rank)):
+            axis, dim = self.window.axes[i], self.start + i
+            t = _cover(t, axis, dim, 0)
+            for distance, turn in reversed(self.steps[i]):
+                later = _resize(_cut(t, dim, distance, t.shape[dim]), dim, 0, distance, 0)
+                t = lax.select(turn, later, t)
+            t = _cut(t, dim, 0, (axis.out - 1) * axis.stride + 1, axis.stride)
+        return t
+
+
+def _at_first_pixel(x: Array, axis: Axis, dim: int, fill: Any) -> Array:
+    """Moves the value of every window to the window's first pixel, in an array of all pixels reached."""
+    if axis.stride > 1:
+        x = _resize(lax.expand_dims(x, (dim + 1,)), dim + 1, 0, axis.stride - 1, fill)
+        x = lax.reshape(x, (*x.shape[:dim], axis.out * axis.stride, *x.shape[dim + 2 :]))
+    return _resize(x, dim, 0, (axis.out - 1) * axis.stride + axis.extent - x.shape[dim], fill)
+
+
+def _shift(x: Array, dim: int, distance: int, fill: Any) -> Array:
+    """Moves all elements up an axis by `distance`; those at its end are known to be `fill`."""
+    return _resize(_cut(x, dim, 0, x.shape[dim] - distance), dim, distance, 0, fill)
+
+
+# --- average ------------------------------------------------------------------------------------------
+
+
+def avg_pool(x: Array, *, window: Window, start: int, divisor: Divisor) -> Array:
+    total = _sum(lax.convert_element_type(x, accumulator(x.dtype)), window, start)
+    return lax.convert_element_type(_divide(total, window, start, divisor), x.dtype)
+
+
+def avg_spread(g: Array, *, window: Window, start: int, divisor: Divisor) -> Array:
+    total = _divide(lax.convert_element_type(g, accumulator(g.dtype)), window, start, divisor)
+    return lax.convert_element_type(_spread_window(total, window, start), g.dtype)
+
+
+def _sum(x: Array, window: Window, start: int) -> Array:
+    return _fold_window((x,), window, start, _add, (0,), reduce=_reduce_sum)[0]
+
+
+def _reduce_sum(x: Array, dim: int) -> Array:
+    return lax.reduce(x, _scalar(0, x.dtype), lax.add, (dim,))
+
+
+def _spread_window(g: Array, window: Window, start: int) -> Array:
+    for i, axis in enumerate(window.axes):
+        g = _spread(g, axis, start + i)
+    return g
+
+
+def _divide(x: Array, window: Window, start: int, divisor: Divisor) -> Array:
+    if divisor.number:
+        return x / _full(x, divisor.number)
+    number: Array = None
+    for i, count in enumerate(_counts(window, divisor.band, x.dtype)):
+        along = lax.broadcast_in_dim(count, x.shape, (start + i,) if count.ndim else ())
+        number = along if number is None else number * along
+    # A window that reaches neither image nor band has the sum 0, and so has its average.
+    return x / lax.max(number, _full(x, 1))
+
+
+def _counts(window: Window, band: Band, dtype: Any) -> list[Array]:
+    """For each axis, how many taps of every window are counted: a vector, or a number if all agree."""
+    counts = []
+    for axis, (lo, hi) in zip(window.axes, band, strict=True):
+        grown = axis.cropped(-lo, -hi)
+        if grown.overlaps_padding():
+            ones = lax.full((grown.size,), 1, dtype)
+            counts.append(_fold((ones,), grown, 0, _add, (0,), reduce=_reduce_sum)[0])
+        else:
+            counts.append(np.array(axis.kernel, dtype))
+    return counts
+
+
+# --- L2 -----------------------------------------------------------------------------------------------
+
+
+_SCALES = {
+    # accumulator: (exponent below which squares are formed of scaled-up numbers, the scale's exponent),
+    #              (exponent above which of scaled-down ones, the scale's exponent)
+    np.dtype(np.float32): ((-40, 80), (56, -72)),
+    np.dtype(np.float64): ((-400, 620), (460, -600)),
+}
+
+
+def l2_pool(x: Array, *, window: Window, start: int, out_dtype: Any) -> Array:
+    """Sums the squares of small, ordinary and large numbers apart, so that none leaves its range.
+
+    A float16 square cannot leave the range of float32, so there one sum does.
+    """
+    half = x.dtype == np.float16
+    x = lax.abs(lax.convert_element_type(x, accumulator(x.dtype)))
+    if half:
+        return lax.convert_element_type(lax.sqrt(_sum(x * x, window, start)), out_dtype)
+    (low, up), (high, down) = _SCALES[np.dtype(x.dtype)]
+    small, large = lax.lt(x, lax.full_like(x, 2.0**low)), lax.gt(x, lax.full_like(x, 2.0**high))
+    zero = lax.full_like(x, 0)
+    parts = (
+        lax.select(lax.bitwise_or(small, large), zero, x),
+        lax.select(small, x * lax.full_like(x, 2.0**up), zero),
+        lax.select(large, x * lax.full_like(x, 2.0**down), zero),
+    )
+    squares = tuple(a * a for a in parts)
+    sums = _fold_window(squares, window, start, _add, (0, 0, 0), reduce=_reduce_sum)
+    return lax.convert_element_type(_norm(*sums), out_dtype)
+
+
+def _norm(ordinary: Array, small: Array, large: Array) -> Array:
+    """The root of three sums of squares, of which only neighbours can matter to each other."""
+
+    def scaled(a: Array, exponent: int, times: int) -> Array:
+        for _ in range(times):  # the square of a scale may not be representable
+            a = a * lax.full_like(a, 2.0**exponent)
+        return a
+
+    (_, up), (_, down) = _SCALES[np.dtype(ordinary.dtype)]
+    zero = lax.full_like(ordinary, 0)
+    of_large = scaled(lax.sqrt(large + scaled(ordinary, down, 2)), -down, 1)
+    of_ordinary = lax.sqrt(ordinary + scaled(small, -up, 2))
+    of_small = scaled(lax.sqrt(small), -up, 1)
+    rest = lax.select(lax.eq(ordinary, zero), of_small, of_ordinary)
+    return lax.select(lax.gt(large, zero), of_large, rest)
+
+
+def l2_tangent(t: Array, x: Array, y: Array, *, window: Window, start: int) -> Array:
+    t, x = (lax.convert_element_type(a, y.dtype) for a in (t, x))
+    return _quotient(_sum(x * t, window, start), y)
+
+
+def l2_gradient(g: Array, x: Array, y: Array, *, window: Window, start: int) -> Array:
+    total = _spread_window(_quotient(g, y), window, start)
+    return lax.convert_element_type(lax.convert_element_type(x, y.dtype) * total, x.dtype)
+
+
+def _quotient(a: Array, y: Array) -> Array:
+    """`a / y`, and 0 where `y` is 0."""
+    zero = lax.full_like(y, 0)
+    nowhere = lax.eq(y, zero)
+    return lax.select(nowhere, zero, a / lax.select(nowhere, lax.full_like(y, 1), y))
+
+
+# --- unpooling ----------------------------------------------------------------------------------------
+#
+# Positions are data here, so these two alone use scatter and gather. Where several values name the same
+# position the last one stays; a scatter of ordinal numbers under max finds it on any platform.
+
+
+def max_unpool(y: Array, indices: Array, *, sizes: tuple[Dim, ...], start: int) -> Array:
+    def plane(y: Array, indices: Array) -> Array:
+        last = _last_at(indices, sizes)
+        return jnp.where(last >= 0, y[jnp.maximum(last, 0)], jnp.zeros((), y.dtype))
+
+    rank = len(sizes)
+    flat = _over_planes(plane, y.ndim, start, rank)(*(_flatten(a, start, rank) for a in (y, indices)))
+    return lax.reshape(flat, (*y.shape[:start], *sizes, *y.shape[start + rank :]))
+
+
+def max_unpool_take(c: Array, indices: Array, *, sizes: tuple[Dim, ...], start: int) -> Array:
+    def plane(c: Array, indices: Array) -> Array:
+        order = jnp.arange(indices.shape[0], dtype=np.int32)
+        inside = jnp.logical_and(indices >= 0, indices < c.shape[0])
+        at = jnp.where(inside, indices, 0)
+        won = jnp.logical_and(inside, _last_at(indices, sizes)[at] == order)
+        return jnp.where(won, c[at], jnp.zeros((), c.dtype))
+
+    rank = len(sizes)
+    flat = _over_planes(plane, c.ndim, start, rank)(*(_flatten(a, start, rank) for a in (c, indices)))
+    return lax.reshape(flat, indices.shape)
+
+
+def _last_at(indices: Array, sizes: tuple[Dim, ...]) -> Array:
+    """For every position of a plane, the last entry of `indices` that names it, or -1."""
+    size = math.prod(sizes)
+    order = jnp.arange(indices.shape[0], dtype=np.int32)
+    # `at` would count negative positions from the end.
+    positions = jnp.where(indices < 0, size, indices)
+    return jnp.full((size,), -1, np.int32).at[positions].max(order, mode="drop")
+
+
+def _flatten(x: Array, start: int, rank: int) -> Array:
+    spatial = math.prod(x.shape[start : start + rank])
+    return lax.reshape(x, (*x.shape[:start], spatial, *x.shape[start + rank :]))
+
+
+def _over_planes(plane: Callable[..., Array], ndim: int, start: int, rank: int) -> Callable[..., Array]:
+    for _ in range(ndim - start - rank):
+        plane = jax.vmap(plane, in_axes=-1, out_axes=-1)
+    for _ in range(start):
+        plane = jax.vmap(plane)
+    return plane
