@@ -154,7 +154,7 @@ def pool(
     x: Array, window: Window, start: int, *, edge: Edge = "exclude", implementation: str | None = None
 ) -> Array:
     """`l2_pool` over the given windows, which may lie anywhere, in any edge mode."""
-    x, window = _enclose(x, window, start, edge)
+    x, window = windowed.enclose(x, window, start, _edge(window, edge))
     return l2_pool_p.bind(x, window=window, start=start, out_dtype=x.dtype, implementation=implementation)
 
 
@@ -168,21 +168,19 @@ def gradient(
     implementation: str | None = None,
 ) -> Array:
     """`l2_pool_gradient` over the given windows, which may lie anywhere, in any edge mode."""
-    image, spread_edges = jax.vjp(lambda x: _enclose(x, window, start, edge)[0], x)
-    window = _enclose(x, window, start, edge)[1]
+    edge = _edge(window, edge)
+    image, inside = windowed.enclose(x, window, start, edge)
+    params = {"window": inside, "start": start, "implementation": implementation}
     accumulator = xla.accumulator(x.dtype)
-    y = l2_pool_p.bind(
-        image, window=window, start=start, out_dtype=accumulator, implementation=implementation
-    )
-    g = lax.convert_element_type(g, accumulator)
-    (dx,) = spread_edges(_gradient(g, image, y, window=window, start=start, implementation=implementation))
-    return dx
+    y = l2_pool_p.bind(image, out_dtype=accumulator, **params)
+    dx = _gradient(lax.convert_element_type(g, accumulator), image, y, **params)
+    return windowed.expose(dx, x, window, start, edge)
 
 
-def _enclose(x: Array, window: Window, start: int, edge: Edge) -> tuple[Array, Window]:
-    # Zeros add nothing to a norm, so windows behind the image may as well see them.
+def _edge(window: Window, edge: Edge) -> Edge:
+    """Zeros add nothing to a norm, so windows that begin behind the padding may as well see them."""
     beyond = any(geometry.surely_below(axis.lo, 0) for axis in window.axes)
-    return windowed.enclose(x, window, start, "zero" if beyond and edge == "exclude" else edge)
+    return "zero" if beyond and edge == "exclude" else edge
 
 
 # --- primitives ---------------------------------------------------------------------------------------

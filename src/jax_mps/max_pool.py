@@ -10,6 +10,7 @@ number, one byte for windows of up to 128 taps, is the only residual.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, Literal, overload
@@ -272,6 +273,7 @@ def max_unpool(
     )
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2), inline=True)
 def _flat_positions(tap: Array, placement: Placement, sizes: Sequence[Any]) -> Array:
     """Tap numbers as flat positions in the uncropped plane."""
     rest = lax.convert_element_type(tap, np.int32)
@@ -311,11 +313,10 @@ def gradient(
     A window that selects a zero of its padding loses its gradient; one that selects a repeated pixel
     sends it to that pixel.
     """
-    image, spread_edges = jax.vjp(lambda x: windowed.enclose(x, window, start, edge)[0], x)
-    window = windowed.enclose(x, window, start, edge)[1]
-    tap = max_pool_index_p.bind(image, window=window, start=start, implementation=implementation)
-    (dx,) = spread_edges(_put(g, tap, window=window, start=start, implementation=implementation))
-    return dx
+    image, inside = windowed.enclose(x, window, start, edge)
+    params = {"window": inside, "start": start, "implementation": implementation}
+    dx = _put(g, max_pool_index_p.bind(image, **params), **params)
+    return windowed.expose(dx, x, window, start, edge)
 
 
 # --- primitives ---------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -227,3 +228,11 @@ def enclose(x: Array, window: Window, start: int, edge: Edge) -> tuple[Array, Wi
             axis = axis.cropped(-axis.lo, 0)
         axes.append(axis)
     return x, Window(tuple(axes))
+
+
+def expose(dx: Array, x: Array, window: Window, start: int, edge: Edge) -> Array:
+    """The transpose of `enclose`: from the gradient of the image it returned to that of `x`."""
+    if dx.shape == x.shape and edge == "exclude":
+        return dx
+    like = jax.ShapeDtypeStruct(x.shape, dx.dtype)
+    return jax.linear_transpose(lambda x: enclose(x, window, start, edge)[0], like)(dx)[0]
