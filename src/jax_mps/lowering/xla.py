@@ -17,6 +17,7 @@ because the windows that choose their maximum inside a common part of the image 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -554,70 +555,83 @@ def _counts(window: Window, band: Band, dtype: Any) -> list[Array]:
 
 
 # --- L2 -----------------------------------------------------------------------------------------------
+#
+# Squares and quotients of numbers near the ends of a type's range leave it, and compilers flush
+# subnormal numbers to 0. Powers of two, which round nothing, keep intermediate results inside.
 
-
-_SCALES = {
-    # accumulator: (exponent below which squares are formed of scaled-up numbers, the scale's exponent),
-    #              (exponent above which of scaled-down ones, the scale's exponent)
+_CLASSES = {
+    # accumulator: (exponent below which a number is small, its scale's), (above which large, its scale's)
     np.dtype(np.float32): ((-40, 80), (56, -72)),
     np.dtype(np.float64): ((-400, 620), (460, -600)),
 }
 
+_NORM_SCALE = {np.dtype(np.float32): 32, np.dtype(np.float64): 256}
+"""Exponent of the scale of norms: below its inverse they are scaled up, else down."""
+
 
 def l2_pool(x: Array, *, window: Window, start: int, out_dtype: Any) -> Array:
-    """Sums the squares of small, ordinary and large numbers apart, so that none leaves its range.
-
-    A float16 square cannot leave the range of float32, so there one sum does.
-    """
-    half = x.dtype == np.float16
-    x = lax.abs(lax.convert_element_type(x, accumulator(x.dtype)))
-    if half:
+    if x.dtype == np.float16:  # a square stays in the range of float32
+        x = lax.convert_element_type(x, np.float32)
         return lax.convert_element_type(lax.sqrt(_sum(x * x, window, start)), out_dtype)
-    (low, up), (high, down) = _SCALES[np.dtype(x.dtype)]
-    small, large = lax.lt(x, lax.full_like(x, 2.0**low)), lax.gt(x, lax.full_like(x, 2.0**high))
-    zero = lax.full_like(x, 0)
-    parts = (
-        lax.select(lax.bitwise_or(small, large), zero, x),
-        lax.select(small, x * lax.full_like(x, 2.0**up), zero),
-        lax.select(large, x * lax.full_like(x, 2.0**down), zero),
-    )
+    parts, scales = _classes(lax.convert_element_type(x, accumulator(x.dtype)))
     squares = tuple(a * a for a in parts)
     sums = _fold_window(squares, window, start, _add, (0, 0, 0), reduce=_reduce_sum)
-    return lax.convert_element_type(_norm(*sums), out_dtype)
+    ordinary, small, large = (lax.sqrt(a) * _power(a, -scale) for a, scale in zip(sums, scales, strict=True))
+    return lax.convert_element_type(_hypotenuse(_hypotenuse(small, ordinary), large), out_dtype)
 
 
-def _norm(ordinary: Array, small: Array, large: Array) -> Array:
-    """The root of three sums of squares, of which only neighbours can matter to each other."""
+def _classes(x: Array) -> tuple[State, tuple[int, ...]]:
+    """Ordinary, small and large numbers apart, each scaled to a range whose squares stay in the type."""
+    (low, up), (high, down) = _CLASSES[np.dtype(x.dtype)]
+    size, zero = lax.abs(x), lax.full_like(x, 0)
+    small, large = lax.lt(size, _power(x, low)), lax.gt(size, _power(x, high))
+    parts = (
+        lax.select(lax.bitwise_or(small, large), zero, x),
+        lax.select(small, x * _power(x, up), zero),
+        lax.select(large, x * _power(x, down), zero),
+    )
+    return parts, (0, up, down)
 
-    def scaled(a: Array, exponent: int, times: int) -> Array:
-        for _ in range(times):  # the square of a scale may not be representable
-            a = a * lax.full_like(a, 2.0**exponent)
-        return a
 
-    (_, up), (_, down) = _SCALES[np.dtype(ordinary.dtype)]
-    zero = lax.full_like(ordinary, 0)
-    of_large = scaled(lax.sqrt(large + scaled(ordinary, down, 2)), -down, 1)
-    of_ordinary = lax.sqrt(ordinary + scaled(small, -up, 2))
-    of_small = scaled(lax.sqrt(small), -up, 1)
-    rest = lax.select(lax.eq(ordinary, zero), of_small, of_ordinary)
-    return lax.select(lax.gt(large, zero), of_large, rest)
+def _power(like: Array, exponent: int) -> Array:
+    return lax.full_like(like, 2.0**exponent)
+
+
+def _hypotenuse(a: Array, b: Array) -> Array:
+    """The norm of two norms; exact where one of them is 0."""
+    long, short = lax.max(a, b), lax.min(a, b)
+    # Equal sides include two zeros and two infinities, whose quotient is no number.
+    ratio = lax.select(lax.eq(long, short), lax.full_like(long, 1), short / long)
+    return long * lax.sqrt(ratio * ratio + lax.full_like(ratio, 1))
 
 
 def l2_tangent(t: Array, x: Array, y: Array, *, window: Window, start: int) -> Array:
-    t, x = (lax.convert_element_type(a, y.dtype) for a in (t, x))
-    return _quotient(_sum(x * t, window, start), y)
+    t, image = (lax.convert_element_type(a, y.dtype) for a in (t, x))
+    nowhere = lax.eq(y, lax.full_like(y, 0))
+    norm = lax.select(nowhere, lax.full_like(y, 1), y)
+    parts, scales = ((image,), (0,)) if x.dtype == np.float16 else _classes(image)
+    products = tuple(a * t for a in parts)
+    sums = _fold_window(products, window, start, _add, (0,) * len(parts), reduce=_reduce_sum)
+    terms = (a / norm * _power(a, -scale) for a, scale in zip(sums, scales, strict=True))
+    return lax.select(nowhere, lax.full_like(y, 0), functools.reduce(lax.add, terms))
 
 
 def l2_gradient(g: Array, x: Array, y: Array, *, window: Window, start: int) -> Array:
-    total = _spread_window(_quotient(g, y), window, start)
-    return lax.convert_element_type(lax.convert_element_type(x, y.dtype) * total, x.dtype)
+    image = lax.convert_element_type(x, y.dtype)
+    zero, scale = lax.full_like(y, 0), _NORM_SCALE[np.dtype(y.dtype)]
 
+    def term(served: Array, scale: int) -> Array:
+        """What the windows that are served contribute, their norms scaled by a power of two."""
+        norm = lax.select(served, y * _power(y, scale), lax.full_like(y, 1))
+        quotient = lax.select(served, g / norm, zero)
+        return image * _spread_window(quotient, window, start) * _power(image, scale)
 
-def _quotient(a: Array, y: Array) -> Array:
-    """`a / y`, and 0 where `y` is 0."""
-    zero = lax.full_like(y, 0)
-    nowhere = lax.eq(y, zero)
-    return lax.select(nowhere, zero, a / lax.select(nowhere, lax.full_like(y, 1), y))
+    if x.dtype == np.float16:
+        dx = term(lax.ne(y, zero), 0)
+    else:
+        tiny = lax.le(y, _power(y, -scale))
+        dx = term(lax.bitwise_not(tiny), -scale) + term(lax.bitwise_and(tiny, lax.ne(y, zero)), scale)
+    return lax.convert_element_type(dx, x.dtype)
 
 
 # --- unpooling ----------------------------------------------------------------------------------------
