@@ -1,0 +1,1 @@
+"""Small networks that show the library at work: `python -m jax_mps demo`."""
