@@ -1,0 +1,103 @@
+// Average pooling and its transpose.
+
+template <class T>
+struct Average {
+  using Element = T;
+  using Wide = Acc<T>;
+  static constexpr int kLanes = kVectorBytes / sizeof(Wide);
+  static constexpr bool kBackward = false, kSeparable = true;
+  template <int N>
+  using State = Vec<Wide, N>;
+
+  const T* source;
+  T* target;
+  bool weighted;
+  Wide divisor;
+
+  template <int N>
+  State<N> Begin(Int<N>, int64_t, int64_t) const {
+    return State<N>{};
+  }
+  template <int N, class V>
+  void Tap(Int<N>, V& sum, int64_t from, int64_t) const {
+    sum += Load<Wide, N>(source + from);
+  }
+  template <class V>
+  static void Merge(V& sum, V value) {
+    sum += value;
+  }
+  template <int N, class V>
+  void Finish(Int<N>, V sum, int64_t to) const {
+    Store<N>(target + to, divisor != 0 ? sum / divisor : V{});
+  }
+  Average At(int64_t counted) const { return {source, target, weighted, weighted ? static_cast<Wide>(counted) : divisor}; }
+  void Stage(const Plan& plan, const Piece& piece, Wide* row) const { ReduceRows(plan, piece, *this, row); }
+};
+
+template <class T>
+struct Spread {
+  using Element = T;
+  using Wide = Acc<T>;
+  static constexpr int kLanes = kVectorBytes / sizeof(Wide);
+  static constexpr bool kBackward = true, kSeparable = true;
+  template <int N>
+  using State = Vec<Wide, N>;
+
+  const T* source;
+  T* target;
+  bool weighted;
+  Wide divisor;  // of the result, unless weighted
+
+  template <int N>
+  State<N> Begin(Int<N>, int64_t, int64_t) const {
+    return State<N>{};
+  }
+  template <int N, class V>
+  void Tap(Int<N>, V& sum, int64_t from, int64_t) const {
+    sum += Load<Wide, N>(source + from);
+  }
+  template <class V>
+  static void Merge(V& sum, V value) {
+    sum += value;
+  }
+  template <int N, class V>
+  void Finish(Int<N>, V sum, int64_t to) const {
+    Store<N>(target + to, weighted ? sum : sum / divisor);
+  }
+  const Spread& At(int64_t) const { return *this; }
+
+  void Stage(const Plan& plan, const Piece& piece, Wide* row) const {
+    if (!weighted) return ReduceRows(plan, piece, *this, row);
+    // Each window is divided by its own number of taps before it is added.
+    const Reads rows = RowsOf(plan, piece);
+    const Reach& planes = *piece.reach[0];
+    const Reach& lines = *piece.reach[1];
+    const Chunk& chunk = *piece.chunk;
+    for (int64_t i = chunk.source_begin; i < chunk.source_end; ++i) {
+      Wide* to = row + (i - chunk.source_begin) * plan.block;
+      Sweep<kLanes>(piece.channels, [&](auto lanes, auto vectors, int64_t c) {
+        constexpr int kN = decltype(lanes)::value;
+        for (int v = 0; v < decltype(vectors)::value; ++v, c += kN) {
+          State<kN> sum{};
+          for (int64_t a = 0; a < planes.count; ++a) {
+            for (int64_t b = 0; b < lines.count; ++b) {
+              const int64_t counted = plan.window_divisor[0][planes.source + a * plan.line[0].source_step] *
+                                      plan.window_divisor[1][lines.source + b * plan.line[1].source_step] *
+                                      plan.window_divisor[2][i];
+              const int64_t from = piece.source + a * rows.row_step[0] + b * rows.row_step[1] + i * plan.inner + c;
+              if (counted != 0) sum += Load<Wide, kN>(source + from) / static_cast<Wide>(counted);
+            }
+          }
+          StoreRaw<kN>(to + c, sum);
+        }
+      });
+    }
+  }
+};
+
+template <template <class> class Op, class T>
+bool Averaging(const Problem& problem) {
+  const Op<T> op = {static_cast<const T*>(problem.operand[0]), static_cast<T*>(problem.result[0]),
+                    problem.geometry.weighted, static_cast<Acc<T>>(problem.geometry.divisor)};
+  return Walk(problem.geometry, *problem.schedule, op);
+}

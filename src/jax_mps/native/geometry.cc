@@ -1,0 +1,224 @@
+#include "geometry.h"
+
+#include <algorithm>
+#include <numeric>
+#include <vector>
+
+namespace jax_mps {
+namespace {
+
+constexpr int64_t kScratchBytes = 128 << 10;  // of a row: a fraction of the level-2 cache
+constexpr int64_t kRowBytes = 256 << 10;      // of a piece that needs no scratch
+constexpr int64_t kBlock = 2048;              // channels of a block, where there are more than twice as many
+
+int64_t FloorDiv(int64_t a, int64_t b) { return a / b - (a % b < 0); }
+int64_t CeilDiv(int64_t a, int64_t b) { return -FloorDiv(-a, b); }
+
+struct Range {
+  int64_t begin, end;
+};
+
+// The taps of the window at `first` that lie in [lower, upper).
+Range TapsInside(const Axis& axis, int64_t first, int64_t lower, int64_t upper) {
+  const int64_t begin = std::clamp<int64_t>(CeilDiv(lower - first, axis.dilation), 0, axis.kernel);
+  const int64_t end = std::clamp<int64_t>(CeilDiv(upper - first, axis.dilation), begin, axis.kernel);
+  return {begin, end};
+}
+
+int64_t Divisor(const Axis& axis, int64_t window) {
+  const Range band =
+      TapsInside(axis, axis.stride * window - axis.lo, -axis.band_lo, axis.size + axis.band_hi);
+  return band.end - band.begin;
+}
+
+bool SameTaps(const Reach& a, const Reach& b) {
+  return a.count == b.count && a.tap == b.tap && a.divisor == b.divisor && a.band == b.band;
+}
+
+// All the sources that targets [begin, end) read.
+Range Sources(const Line& line, int64_t begin, int64_t end) {
+  const Axis& axis = line.axis;
+  const int64_t reach = axis.dilation * (axis.kernel - 1);
+  const int64_t lower = line.backward ? CeilDiv(begin + axis.lo - reach, axis.stride) : axis.stride * begin - axis.lo;
+  const int64_t upper = line.backward ? FloorDiv(end - 1 + axis.lo, axis.stride) + 1
+                                      : axis.stride * (end - 1) - axis.lo + reach + 1;
+  const int64_t first = std::clamp<int64_t>(lower, 0, line.sources());
+  return {first, std::clamp<int64_t>(upper, first, line.sources())};
+}
+
+}  // namespace
+
+Line::Line(const Axis& axis, bool backward) : axis(axis), backward(backward) {
+  const int64_t common = std::gcd(axis.stride, axis.dilation);
+  source_step = backward ? axis.dilation / common : axis.dilation;
+  tap_step = backward ? -axis.stride / common : 1;
+}
+
+Reach Line::At(int64_t target) const {
+  if (!backward) {
+    const int64_t first = axis.stride * target - axis.lo;
+    const Range taps = TapsInside(axis, first, 0, axis.size);
+    const bool wider = axis.band_lo != 0 || axis.band_hi != 0;
+    const Range band = wider ? TapsInside(axis, first, -axis.band_lo, axis.size + axis.band_hi) : taps;
+    return {first + axis.dilation * taps.begin, taps.end - taps.begin, taps.begin, band.end - band.begin, band.begin};
+  }
+  // stride * window + dilation * tap = target + lo. The solutions are source_step windows apart: try that many. One beyond
+  // the last window counts as none, but keeps its tap: it tells a target before the windows from one behind them.
+  const int64_t sum = target + axis.lo;
+  const int64_t begin = std::max<int64_t>(0, CeilDiv(sum - axis.dilation * (axis.kernel - 1), axis.stride));
+  const int64_t end = sum / axis.stride + 1;
+  for (int64_t i = begin; i < std::min(begin + source_step, end); ++i) {
+    const int64_t rest = sum - axis.stride * i;
+    if (rest % axis.dilation == 0) {
+      const int64_t beyond = std::min(end, axis.windows) - i;
+      return {i, beyond > 0 ? (beyond - 1) / source_step + 1 : 0, rest / axis.dilation, 1, 0};
+    }
+  }
+  return {0, 0, -1, 1, 0};
+}
+
+struct Plan::Storage {
+  std::vector<int64_t> offset, divisor[3];
+  std::vector<Reach> reach[2];
+  std::vector<Run> runs;
+  std::vector<Chunk> chunks;
+};
+
+Plan::Plan(const Geometry& geometry, const Wishes& wishes) : outer(geometry.outer), inner(geometry.inner) {
+  for (int a = 0; a < 3; ++a) line[a] = Line(geometry.axis[a], wishes.backward);
+  const Line& last = line[2];
+  const Axis& axis = last.axis;
+  const int64_t rows_read = geometry.axis[0].kernel * geometry.axis[1].kernel;
+  const int64_t targets = last.targets();
+
+  block = inner > 2 * kBlock ? kBlock : inner;
+  blocks = CeilDiv(inner, block);
+  const bool apart = axis.stride >= wishes.lanes && axis.kernel >= wishes.lanes &&
+                     (!wishes.backward || axis.kernel <= axis.stride);
+  folded = wishes.separable && inner == 1 && axis.dilation == 1 && (axis.windows == 1 || apart);
+  const bool narrow = !folded && axis.stride > 1 && inner < wishes.lanes && axis.windows > 1;
+  rows = 1;
+  for (int a = 0; a < 2; ++a) rows *= std::clamp<int64_t>(geometry.axis[a].size, 1, geometry.axis[a].kernel);
+
+  // Reducing rows first costs a pass over all the sources of a row, and saves kernel - 1 of kernel reads.
+  const int64_t sources_a_target = wishes.backward ? 1 : axis.stride;
+  const bool cheaper = rows_read * axis.kernel > sources_a_target * (rows_read + 1) + axis.kernel + 1;
+  const bool forward_split = narrow && !wishes.backward;
+  staged = wishes.separable && ((rows_read > 1 && cheaper) || forward_split ||
+                                  (folded && (rows_read > 1 || wishes.backward)) || (geometry.weighted && wishes.backward));
+  phased = narrow;
+  // A walk that needs every row of the window split keeps them all in scratch: give that up where they are too many.
+  const int64_t window_span = axis.dilation * (axis.kernel - 1) + axis.stride * wishes.lanes;
+  if (forward_split && !staged && rows * window_span * block * wishes.width > 4 * kScratchBytes) phased = false;
+  joined = phased || (axis.stride == 1 && blocks == 1);
+  pitch = staged || (phased && !wishes.backward) ? block : inner;
+  source_advance = wishes.backward || phased ? 1 : axis.stride;
+  target_advance = wishes.backward && !phased ? axis.stride : 1;
+
+  // Pieces of a row: so small that their scratch stays in the cache.
+  const bool scratch = staged || phased;
+  const int64_t sources_bytes = block * wishes.width * (forward_split && phased && !staged ? rows : 1);
+  const int64_t halo = wishes.backward ? axis.kernel * axis.dilation / axis.stride : axis.dilation * (axis.kernel - 1);
+  const int64_t room = (scratch ? kScratchBytes : kRowBytes) / sources_bytes;
+  int64_t length = std::max(room - halo, std::max(halo, wishes.lanes));
+  length = wishes.backward ? length : length / axis.stride;
+  if (wishes.backward && !phased && !staged) length = kRowBytes / (block * wishes.width);
+  length = std::max<int64_t>(length, 1);
+  const int64_t pieces = CeilDiv(targets, length);
+  length = CeilDiv(targets, std::max<int64_t>(pieces, 1));
+
+  span = 0;
+  storage_ = new Storage;
+  const int64_t phases = wishes.backward ? axis.stride : 1;
+  for (int64_t begin = 0; begin < targets; begin += length) {
+    const int64_t end = std::min(begin + length, targets);
+    const Range sources = Sources(last, begin, end);
+    storage_->chunks.push_back({begin, end, sources.begin, sources.end, nullptr, 0});
+    span = std::max(span, sources.end - sources.begin);
+  }
+  // A phase holds every stride-th position, counted from the first tap of the first window or from the first target.
+  phase_length = wishes.backward ? CeilDiv(length, axis.stride)
+                                 : length + axis.dilation * (axis.kernel - 1) / axis.stride;
+
+  for (Chunk& chunk : storage_->chunks) {
+    const int64_t before = storage_->runs.size();
+    for (int64_t phase = 0; phase < std::min(phases, chunk.end - chunk.begin); ++phase) {
+      const int64_t in_phase = (chunk.end - chunk.begin - phase - 1) / phases + 1;
+      const auto at = [&](int64_t j) { return last.At(chunk.begin + phase + phases * j); };
+      for (int64_t j = 0; j < in_phase;) {
+        const Reach reach = at(j);
+        // The range of taps moves in one direction only along a phase: equal ends mean equal in between.
+        int64_t same = j, other = in_phase;
+        while (other - same > 1) {
+          const int64_t middle = same + (other - same) / 2;
+          (SameTaps(reach, at(middle)) ? same : other) = middle;
+        }
+        Run run;
+        run.length = other - j;
+        run.target = wishes.backward && phased ? phase * phase_length + j : chunk.begin + phase + phases * j;
+        run.count = reach.count;
+        run.tap = run.first = reach.tap;
+        run.divisor = reach.divisor;
+        const int64_t origin = staged ? chunk.source_begin : 0;
+        if (wishes.backward) {
+          run.first = 0;
+          run.source = reach.source - origin;
+        } else {
+          run.source = phased ? j : axis.stride * (chunk.begin + j) - axis.lo - origin;
+        }
+        if (run.count == 0) run.tap = 0;
+        storage_->runs.push_back(run);
+        j = other;
+      }
+    }
+    chunk.run_count = storage_->runs.size() - before;
+  }
+  const Run* next = storage_->runs.data();
+  for (Chunk& chunk : storage_->chunks) {
+    chunk.runs = next;
+    next += chunk.run_count;
+  }
+
+  const int64_t offsets = wishes.backward ? CeilDiv(axis.kernel, -last.tap_step) : axis.kernel;
+  for (int64_t k = 0; k < offsets; ++k) {
+    const int64_t position = last.source_step * k;
+    storage_->offset.push_back(
+        pitch * (phased && !wishes.backward ? position % axis.stride * phase_length + position / axis.stride : position));
+  }
+  if (geometry.weighted && wishes.backward) {
+    for (int a = 0; a < 3; ++a) {
+      for (int64_t i = 0; i < geometry.axis[a].windows; ++i) storage_->divisor[a].push_back(Divisor(geometry.axis[a], i));
+      window_divisor[a] = storage_->divisor[a].data();
+    }
+  }
+  for (int a = 0; a < 2; ++a) {
+    for (int64_t i = 0; i < line[a].targets(); ++i) storage_->reach[a].push_back(line[a].At(i));
+    reach[a] = storage_->reach[a].data();
+  }
+  offset = storage_->offset.data();
+  chunks = storage_->chunks.data();
+  chunk_count = storage_->chunks.size();
+}
+
+Plan::~Plan() { delete storage_; }
+
+void MergeCoveredAxes(Geometry& geometry) {
+  Axis* axis = geometry.axis;
+  for (int times = 0; times < 2; ++times) {
+    Axis& last = axis[2];
+    Axis& before = axis[1];
+    const bool covered = last.windows == 1 && last.lo == 0 && last.kernel == last.size && (last.dilation == 1 || last.size == 1);
+    if (!covered || (before.dilation != 1 && before.kernel != 1 && last.size != 1)) return;
+    const int64_t width = last.size;
+    Axis merged = before;
+    for (int64_t Axis::*field : {&Axis::size, &Axis::kernel, &Axis::stride, &Axis::lo, &Axis::band_lo, &Axis::band_hi}) {
+      merged.*field *= width;
+    }
+    if (width != 1) merged.dilation = 1;
+    axis[2] = merged;
+    axis[1] = axis[0];
+    axis[0] = Axis();
+  }
+}
+
+}  // namespace jax_mps

@@ -1,0 +1,100 @@
+// Windows as integers: which sources a target reads, and in which pieces a row of targets is worked through.
+//
+// Forward, the targets are windows and the sources are pixels; backward it is the other way round. Everything below that
+// point speaks of targets and sources only, so every kernel of this library is the same gather, run in one of two directions.
+// Compiled once for the baseline instruction set; the kernels see plain data.
+#pragma once
+
+#include <cstdint>
+
+namespace jax_mps {
+
+// Window i reads the taps stride * i - lo + dilation * k, k = 0 .. kernel - 1; taps outside [0, size) are padding.
+struct Axis {
+  int64_t size = 1, windows = 1, kernel = 1, stride = 1, dilation = 1, lo = 0;
+  int64_t band_lo = 0, band_hi = 0;  // padding that an average counts
+};
+
+struct Geometry {
+  int64_t outer = 1, inner = 1;
+  Axis axis[3];
+  bool weighted = false;  // the average's divisor differs between windows
+  int64_t divisor = 1;    // of every window, unless weighted
+};
+
+// What one target reads along one axis: `count` sources, `Line::source_step` apart, the first of them through tap `tap`.
+struct Reach {
+  int64_t source, count, tap;
+  int64_t divisor, band;  // forward: number of taps inside the band, and the first of them
+};
+
+// An axis as its targets see it.
+struct Line {
+  Axis axis;
+  bool backward;
+  int64_t source_step, tap_step;
+
+  Line() = default;
+  Line(const Axis& axis, bool backward);
+  int64_t targets() const { return backward ? axis.size : axis.windows; }
+  int64_t sources() const { return backward ? axis.windows : axis.size; }
+  Reach At(int64_t target) const;
+};
+
+// A run: targets of one phase along the last axis that read the same taps. Positions count pixels (of `pitch` elements).
+struct Run {
+  int64_t target, length;
+  int64_t source, first, count;  // source j reads position source + j * advance + offset[first .. first + count)
+  int64_t tap, divisor;
+};
+
+// A piece of a target row.
+struct Chunk {
+  int64_t begin, end;                // targets
+  int64_t source_begin, source_end;  // all the sources they read
+  const Run* runs;
+  int64_t run_count;
+};
+
+// How a kernel wants to walk.
+struct Wishes {
+  bool backward;
+  bool separable;   // may reduce vertically first, into a row of scratch
+  int64_t lanes;    // vector width
+  int64_t width;    // bytes of a scratch element
+};
+
+struct Plan {
+  int64_t outer, inner;
+  Line line[3];
+  const Reach* reach[2];  // of every target along the first two axes
+  bool staged;          // rows are reduced vertically first
+  bool phased;          // the strided side of a row passes through scratch, one phase after the other
+  bool folded;          // single elements far apart: a window is reduced, or filled, along its own taps
+  bool joined;          // consecutive targets of a run are adjacent on both sides
+  int64_t block;        // channels worked on together
+  int64_t blocks;
+  int64_t pitch;        // elements between neighbouring source positions, as the runs see them
+  int64_t source_advance, target_advance;  // positions between consecutive targets of a run
+  int64_t rows;         // scratch rows of a phased, unstaged walk
+  int64_t phase_length, span;              // scratch positions of a phase, of a row
+  const int64_t* offset;                   // elements from the first tap
+  const Chunk* chunks;
+  int64_t chunk_count;
+  const int64_t* window_divisor[3];        // weighted backward only: taps inside the band, by window
+
+  Plan(const Geometry& geometry, const Wishes& wishes);
+  ~Plan();
+  Plan(const Plan&) = delete;
+
+  int64_t units() const { return outer * line[0].targets() * line[1].targets() * chunk_count * blocks; }
+
+ private:
+  struct Storage;
+  Storage* storage_;
+};
+
+// Joins a last axis that one window covers exactly with the axis before it: global pooling becomes one-dimensional.
+void MergeCoveredAxes(Geometry& geometry);
+
+}  // namespace jax_mps

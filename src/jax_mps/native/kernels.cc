@@ -1,0 +1,118 @@
+// All kernels, in the namespace JAX_MPS_ISA and for its instruction set.
+//
+// Nothing here may emit a function that another translation unit could emit too (an inline function of the standard library,
+// say): the linker keeps one copy, perhaps the one that needs the newest processor. Hence plain data and own templates.
+
+#include "kernels.h"
+
+#include <limits>
+#include <type_traits>
+
+#if defined(__x86_64__) || defined(_M_X64)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+namespace jax_mps::JAX_MPS_ISA {
+namespace {
+
+#include "simd.h"
+#include "walk.h"
+#include "max_pool.h"
+#include "avg_pool.h"
+#include "l2_pool.h"
+#include "unpool.h"
+
+template <class T>
+struct Tag {
+  using type = T;
+};
+
+template <class Body>
+bool WithFloat(Type type, const Body& body) {
+  switch (type) {
+    case Type::kF32: return body(Tag<float>());
+    case Type::kF64: return body(Tag<double>());
+    case Type::kF16: return body(Tag<F16>());
+    case Type::kBF16: return body(Tag<BF16>());
+    default: __builtin_unreachable();
+  }
+}
+
+template <class Body>
+bool WithNumber(Type type, const Body& body) {
+  switch (type) {
+    case Type::kS8: return body(Tag<int8_t>());
+    case Type::kS16: return body(Tag<int16_t>());
+    case Type::kS32: return body(Tag<int32_t>());
+    case Type::kU8: return body(Tag<uint8_t>());
+    case Type::kU16: return body(Tag<uint16_t>());
+    case Type::kU32: return body(Tag<uint32_t>());
+    default: return WithFloat(type, body);
+  }
+}
+
+template <class Body>
+bool WithTap(Type type, const Body& body) {
+  switch (type) {
+    case Type::kS8: return body(Tag<int8_t>());
+    case Type::kS16: return body(Tag<int16_t>());
+    default: return body(Tag<int32_t>());
+  }
+}
+
+// Unpooling only moves elements: one type a size.
+template <class Body>
+bool WithSize(Type type, const Body& body) {
+  switch (type) {
+    case Type::kF64: return body(Tag<uint64_t>());
+    case Type::kF32: case Type::kS32: case Type::kU32: return body(Tag<uint32_t>());
+    case Type::kS8: case Type::kU8: return body(Tag<uint8_t>());
+    default: return body(Tag<uint16_t>());
+  }
+}
+
+}  // namespace
+
+bool Execute(const Problem& problem) {
+  const Type type = problem.type;
+  switch (problem.op) {
+    case Op::kMaxPool:
+      return WithNumber(type, [&](auto t) { return MaxPool<typename decltype(t)::type>(problem); });
+    case Op::kMaxPoolIndex:
+      return WithNumber(type, [&](auto t) { return MaxPoolIndex<typename decltype(t)::type>(problem); });
+    case Op::kMaxPoolTake:
+      return WithFloat(type, [&](auto t) {
+        return WithTap(problem.second, [&](auto i) {
+          return MaxPoolTake<typename decltype(t)::type, typename decltype(i)::type>(problem);
+        });
+      });
+    case Op::kMaxPoolPut:
+      return WithFloat(type, [&](auto t) {
+        return WithTap(problem.second, [&](auto i) {
+          return MaxPoolPut<typename decltype(t)::type, typename decltype(i)::type>(problem);
+        });
+      });
+    case Op::kAvgPool:
+      return WithFloat(type, [&](auto t) { return Averaging<Average, typename decltype(t)::type>(problem); });
+    case Op::kAvgPoolSpread:
+      return WithFloat(type, [&](auto t) { return Averaging<Spread, typename decltype(t)::type>(problem); });
+    case Op::kL2Pool:
+      return WithFloat(type, [&](auto t) {
+        using T = typename decltype(t)::type;
+        return problem.second == type ? L2Pool<T, T>(problem) : L2Pool<T, Acc<T>>(problem);
+      });
+    case Op::kL2PoolTangent:
+      return WithFloat(type, [&](auto t) { return L2PoolTangent<typename decltype(t)::type>(problem); });
+    case Op::kL2PoolGradient:
+      return WithFloat(type, [&](auto t) { return L2PoolGradient<typename decltype(t)::type>(problem); });
+    case Op::kMaxUnpool:
+      return WithSize(type, [&](auto t) { return MaxUnpool<typename decltype(t)::type>(problem); });
+    case Op::kMaxUnpoolTake:
+      return WithSize(type, [&](auto t) { return MaxUnpoolTake<typename decltype(t)::type>(problem); });
+  }
+  __builtin_unreachable();
+}
+
+}  // namespace jax_mps::JAX_MPS_ISA

@@ -1,0 +1,169 @@
+// L2 pooling, its tangent and its gradient. Everything is summed in float64: there the square of a float32 neither overflows
+// nor vanishes.
+
+// ---- y = sqrt(sum of squares).
+
+template <class T, class R>
+struct Norm {
+  using Element = T;
+  using Wide = double;
+  static constexpr int kLanes = kVectorBytes / sizeof(Wide);
+  static constexpr bool kBackward = false, kSeparable = true;
+  template <int N>
+  using State = Vec<Wide, N>;
+
+  const T* source;
+  R* target;
+
+  template <int N>
+  State<N> Begin(Int<N>, int64_t, int64_t) const {
+    return State<N>{};
+  }
+  template <int N, class V>
+  void Tap(Int<N>, V& sum, int64_t from, int64_t) const {
+    const V value = Load<Wide, N>(source + from);
+    sum += value * value;
+  }
+  template <class V>
+  static void Merge(V& sum, V value) {
+    sum += value;
+  }
+  template <int N, class V>
+  void Finish(Int<N>, V sum, int64_t to) const {
+    Store<N>(target + to, Sqrt<N>(sum));
+  }
+  const Norm& At(int64_t) const { return *this; }
+  void Stage(const Plan& plan, const Piece& piece, Wide* row) const { ReduceRows(plan, piece, *this, row); }
+};
+
+// float64 has no wider type: sums of three scales, of which the one that neither overflowed nor vanished counts.
+struct ScaledNorm {
+  using Element = double;
+  using Wide = double;
+  static constexpr int kLanes = kVectorBytes / sizeof(Wide);
+  static constexpr bool kBackward = false, kSeparable = false;
+  static constexpr double kDown = 0x1p-600, kUp = 0x1p600;
+  template <int N>
+  struct State {
+    Vec<double, N> down, sum, up;
+  };
+
+  const double* source;
+  double* target;
+
+  template <int N>
+  State<N> Begin(Int<N>, int64_t, int64_t) const {
+    return {Vec<double, N>{}, Vec<double, N>{}, Vec<double, N>{}};
+  }
+  template <int N>
+  void Tap(Int<N>, State<N>& state, int64_t from, int64_t) const {
+    const auto value = LoadRaw<double, N>(source + from);
+    state.down += (value * kDown) * (value * kDown);
+    state.sum += value * value;
+    state.up += (value * kUp) * (value * kUp);
+  }
+  template <int N>
+  void Finish(Int<N>, const State<N>& state, int64_t to) const {
+    const auto large = Sqrt<N>(state.down) * kUp;
+    const auto small = Sqrt<N>(state.up) * kDown;
+    const auto norm = state.sum < 1e-280 ? small : Sqrt<N>(state.sum);
+    StoreRaw<N>(target + to, state.sum < 1e300 ? norm : large);
+  }
+  const ScaledNorm& At(int64_t) const { return *this; }
+  ScaledNorm From(const double* other) const { return {other, target}; }
+};
+
+// ---- The tangent: sum of x * t over the window, divided by y; 0 where y is.
+
+template <class T>
+struct NormTangent {
+  using Element = T;
+  using Wide = double;
+  static constexpr int kLanes = kVectorBytes / sizeof(Wide);
+  static constexpr bool kBackward = false, kSeparable = true;
+  template <int N>
+  using State = Vec<Wide, N>;
+
+  const T* tangent;
+  const T* source;
+  const Acc<T>* norm;
+  Acc<T>* target;
+
+  template <int N>
+  State<N> Begin(Int<N>, int64_t, int64_t) const {
+    return State<N>{};
+  }
+  template <int N, class V>
+  void Tap(Int<N>, V& sum, int64_t from, int64_t) const {
+    sum += Load<Wide, N>(source + from) * Load<Wide, N>(tangent + from);
+  }
+  template <class V>
+  static void Merge(V& sum, V value) {
+    sum += value;
+  }
+  template <int N, class V>
+  void Finish(Int<N>, V sum, int64_t to) const {
+    const V y = Load<Wide, N>(norm + to);
+    Store<N>(target + to, y == 0 ? V{} : sum / y);
+  }
+  const NormTangent& At(int64_t) const { return *this; }
+  void Stage(const Plan& plan, const Piece& piece, Wide* row) const { ReduceRows(plan, piece, *this, row); }
+};
+
+// ---- The gradient: x * sum of g / y over the windows that hold the pixel; windows with y = 0 add nothing.
+
+template <class T>
+struct NormGradient {
+  using Element = T;
+  using Wide = double;
+  static constexpr int kLanes = kVectorBytes / sizeof(Wide);
+  static constexpr bool kBackward = true, kSeparable = true;
+  template <int N>
+  using State = Vec<Wide, N>;
+
+  const Acc<T>* gradient;
+  const T* source;
+  const Acc<T>* norm;
+  T* target;
+
+  template <int N>
+  State<N> Begin(Int<N>, int64_t, int64_t) const {
+    return State<N>{};
+  }
+  template <int N, class V>
+  void Tap(Int<N>, V& sum, int64_t from, int64_t) const {
+    const V y = Load<Wide, N>(norm + from);
+    sum += y == 0 ? V{} : Load<Wide, N>(gradient + from) / y;
+  }
+  template <class V>
+  static void Merge(V& sum, V value) {
+    sum += value;
+  }
+  template <int N, class V>
+  void Finish(Int<N>, V sum, int64_t to) const {
+    Store<N>(target + to, Load<Wide, N>(source + to) * sum);
+  }
+  const NormGradient& At(int64_t) const { return *this; }
+  void Stage(const Plan& plan, const Piece& piece, Wide* row) const { ReduceRows(plan, piece, *this, row); }
+};
+
+template <class T, class R>
+bool L2Pool(const Problem& problem) {
+  using Op = std::conditional_t<std::is_same_v<T, double>, ScaledNorm, Norm<T, R>>;
+  const Op op = {static_cast<const T*>(problem.operand[0]), static_cast<R*>(problem.result[0])};
+  return Walk(problem.geometry, *problem.schedule, op);
+}
+
+template <class T>
+bool L2PoolTangent(const Problem& problem) {
+  const NormTangent<T> op = {static_cast<const T*>(problem.operand[0]), static_cast<const T*>(problem.operand[1]),
+                             static_cast<const Acc<T>*>(problem.operand[2]), static_cast<Acc<T>*>(problem.result[0])};
+  return Walk(problem.geometry, *problem.schedule, op);
+}
+
+template <class T>
+bool L2PoolGradient(const Problem& problem) {
+  const NormGradient<T> op = {static_cast<const Acc<T>*>(problem.operand[0]), static_cast<const T*>(problem.operand[1]),
+                              static_cast<const Acc<T>*>(problem.operand[2]), static_cast<T*>(problem.result[0])};
+  return Walk(problem.geometry, *problem.schedule, op);
+}

@@ -1,0 +1,206 @@
+// Maximum pooling: the maximum, its tap, the value at a tap, and the sum of what reaches a pixel through its tap.
+
+// ---- The maximum alone.
+
+template <class T>
+struct MaxValue {
+  using Element = T;
+  using Wide = Key<T>;
+  static constexpr int kLanes = kVectorBytes / sizeof(Wide);
+  static constexpr bool kBackward = false, kSeparable = true;
+  template <int N>
+  using State = Vec<Wide, N>;
+
+  const T* source;
+  T* target;
+
+  template <int N>
+  State<N> Begin(Int<N>, int64_t, int64_t) const {
+    return Broadcast<Wide, N>(Lowest<T>());
+  }
+  template <int N, class V>
+  void Tap(Int<N>, V& best, int64_t from, int64_t) const {
+    Merge(best, LoadKey<T, N>(source + from));
+  }
+  // A NaN is taken and never given up.
+  template <class V>
+  static void Merge(V& best, V value) {
+    best = value > best ? value : best;
+    if constexpr (kFloating<T>) best = value != value ? value : best;
+  }
+  template <int N, class V>
+  void Finish(Int<N>, V best, int64_t to) const {
+    StoreKey<N>(target + to, best);
+  }
+  const MaxValue& At(int64_t) const { return *this; }
+  void Stage(const Plan& plan, const Piece& piece, Wide* row) const { ReduceRows(plan, piece, *this, row); }
+};
+
+// ---- The tap of the maximum, and the maximum with it.
+
+template <class V>
+using SignedLane = std::make_signed_t<std::conditional_t<
+    sizeof(V) == 8, int64_t, std::conditional_t<sizeof(V) == 4, int32_t, int16_t>>>;
+
+// `K` is the type the keys are compared in: Key<T>, or 32 bits wide where 16 could not count the taps.
+template <class T, class K>
+struct MaxTap {
+  using Element = T;
+  using Wide = K;
+  using Index = SignedLane<K>;
+  static constexpr int kLanes = kVectorBytes / sizeof(K);
+  static constexpr bool kBackward = false, kSeparable = false;
+  template <int N>
+  struct State {
+    Vec<K, N> best;
+    Vec<K, N> raw;  // halves only: the key that still tells -0 from +0
+    Vec<Index, N> tap;
+  };
+
+  const T* source;
+  T* target;  // null if only the tap is asked for
+  void* taps;
+  Type tap_type;
+
+  template <int N>
+  State<N> Begin(Int<N>, int64_t, int64_t tap) const {
+    const auto lowest = Broadcast<K, N>(Lowest<T>());
+    return {lowest, lowest, Broadcast<Index, N>(static_cast<Index>(tap))};
+  }
+  template <int N>
+  void Tap(Int<N>, State<N>& state, int64_t from, int64_t tap) const {
+    const Vec<Key<T>, N> loaded = LoadKey<T, N>(source + from);
+    Vec<K, N> raw;
+    if constexpr (std::is_same_v<K, Key<T>>) {
+      raw = loaded;
+    } else {
+      raw = Convert<K, N>(loaded);
+    }
+    Vec<K, N> value = raw;
+    if constexpr (kHalf<T>) value -= raw == -1;  // -0 equals +0
+    auto wins = value > state.best;
+    if constexpr (kFloating<T>) wins |= (value != value) & (state.best == state.best);
+    state.best = wins ? value : state.best;
+    if constexpr (kHalf<T>) state.raw = wins ? raw : state.raw;
+    state.tap = wins ? Broadcast<Index, N>(static_cast<Index>(tap)) : state.tap;
+  }
+  template <int N>
+  void Finish(Int<N>, const State<N>& state, int64_t to) const {
+    if (target != nullptr) {
+      const Vec<K, N> key = kHalf<T> ? state.raw : state.best;
+      if constexpr (std::is_same_v<K, Key<T>>) {
+        StoreKey<N>(target + to, key);
+      } else {
+        StoreKey<N>(target + to, Convert<Key<T>, N>(key));
+      }
+    }
+    switch (tap_type) {
+      case Type::kS8: return Store<N>(static_cast<int8_t*>(taps) + to, state.tap);
+      case Type::kS16: return Store<N>(static_cast<int16_t*>(taps) + to, state.tap);
+      default: return Store<N>(static_cast<int32_t*>(taps) + to, state.tap);
+    }
+  }
+  const MaxTap& At(int64_t) const { return *this; }
+  MaxTap From(const T* other) const { return {other, target, taps, tap_type}; }
+};
+
+// ---- The value at the tap. Every tap inside the image is looked at, so an index that names none of them gives 0.
+
+template <class T, class I>
+struct TakeTap {
+  using Element = T;
+  using Wide = Acc<T>;
+  static constexpr int kLanes = kVectorBytes / sizeof(Wide);
+  static constexpr bool kBackward = false, kSeparable = false;
+  template <int N>
+  struct State {
+    Vec<Wide, N> value;
+    Vec<SignedLane<Wide>, N> tap;
+  };
+
+  const T* source;
+  const I* taps;
+  T* target;
+
+  template <int N>
+  State<N> Begin(Int<N>, int64_t to, int64_t) const {
+    return {Vec<Wide, N>{}, Load<SignedLane<Wide>, N>(taps + to)};
+  }
+  template <int N>
+  void Tap(Int<N>, State<N>& state, int64_t from, int64_t tap) const {
+    const auto here = state.tap == static_cast<SignedLane<Wide>>(tap);
+    state.value = here ? Load<Wide, N>(source + from) : state.value;
+  }
+  template <int N>
+  void Finish(Int<N>, const State<N>& state, int64_t to) const {
+    Store<N>(target + to, state.value);
+  }
+  const TakeTap& At(int64_t) const { return *this; }
+  TakeTap From(const T* other) const { return {other, taps, target}; }
+};
+
+// ---- Its transpose: a pixel adds up the windows whose tap it is.
+
+template <class T, class I>
+struct PutTap {
+  using Element = T;
+  using Wide = Acc<T>;
+  static constexpr int kLanes = kVectorBytes / sizeof(Wide);
+  static constexpr bool kBackward = true, kSeparable = false;
+  template <int N>
+  using State = Vec<Wide, N>;
+
+  const T* source;
+  const I* taps;
+  T* target;
+
+  template <int N>
+  State<N> Begin(Int<N>, int64_t, int64_t) const {
+    return State<N>{};
+  }
+  template <int N, class V>
+  void Tap(Int<N>, V& sum, int64_t from, int64_t tap) const {
+    const auto here = Load<SignedLane<Wide>, N>(taps + from) == static_cast<SignedLane<Wide>>(tap);
+    sum += here ? Load<Wide, N>(source + from) : V{};
+  }
+  template <int N, class V>
+  void Finish(Int<N>, V sum, int64_t to) const {
+    Store<N>(target + to, sum);
+  }
+  const PutTap& At(int64_t) const { return *this; }
+};
+
+template <class T>
+bool MaxPool(const Problem& problem) {
+  const MaxValue<T> op = {static_cast<const T*>(problem.operand[0]), static_cast<T*>(problem.result[0])};
+  return Walk(problem.geometry, *problem.schedule, op);
+}
+
+template <class T, class K>
+bool MaxPoolTap(const Problem& problem) {
+  const MaxTap<T, K> op = {static_cast<const T*>(problem.operand[0]), static_cast<T*>(problem.result[0]),
+                           problem.result[1], problem.second};
+  return Walk(problem.geometry, *problem.schedule, op);
+}
+
+template <class T>
+bool MaxPoolIndex(const Problem& problem) {
+  if constexpr (sizeof(Key<T>) == 2) {
+    if (problem.second == Type::kS32) return MaxPoolTap<T, std::conditional_t<std::is_same_v<T, uint16_t>, uint32_t, int32_t>>(problem);
+  }
+  return MaxPoolTap<T, Key<T>>(problem);
+}
+
+template <class T, class I>
+bool MaxPoolTake(const Problem& problem) {
+  const TakeTap<T, I> op = {static_cast<const T*>(problem.operand[0]), static_cast<const I*>(problem.operand[1]),
+                            static_cast<T*>(problem.result[0])};
+  return Walk(problem.geometry, *problem.schedule, op);
+}
+
+template <class T, class I>
+bool MaxPoolPut(const Problem& problem) {
+  const PutTap<T, I> op = {static_cast<const T*>(problem.operand[0]), static_cast<const I*>(problem.operand[1]),
+                           static_cast<T*>(problem.result[0])};
+  return Walk(problem.geometry, *problem.schedule, op);
+}

@@ -1,0 +1,139 @@
+#include "parallel.h"
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <cstdlib>
+#include <memory>
+#include <mutex>
+#include <new>
+#include <thread>
+
+#if defined(__x86_64__) || defined(_M_X64)
+#include <immintrin.h>
+#endif
+#ifdef __linux__
+#include <sched.h>
+#include <sys/mman.h>
+#endif
+
+namespace jax_mps {
+namespace {
+
+constexpr int64_t kGrain = 64 << 10;  // bytes: less than this is not worth a task
+constexpr int64_t kTasksPerThread = 8;
+
+// Subnormal numbers count while this lives. XLA lets some of its threads flush them to zero, which would make the tap of a
+// maximum, and the norm of a small vector, depend on the thread.
+class Subnormals {
+ public:
+#if defined(__x86_64__) || defined(_M_X64)
+  Subnormals() : before_(_mm_getcsr()) { _mm_setcsr(before_ & ~0x8040u); }
+  ~Subnormals() { _mm_setcsr(before_); }
+
+ private:
+  unsigned before_;
+#elif defined(__aarch64__)
+  Subnormals() {
+    asm volatile("mrs %0, fpcr" : "=r"(before_));
+    asm volatile("msr fpcr, %0" : : "r"(before_ & ~(uint64_t{1} << 24)));
+  }
+  ~Subnormals() { asm volatile("msr fpcr, %0" : : "r"(before_)); }
+
+ private:
+  uint64_t before_;
+#endif
+};
+
+struct Job {
+  int64_t units, tasks;
+  bool (*body)(const void*, int64_t, int64_t);
+  const void* context;
+  std::atomic<int64_t> next{0}, done{0};
+  std::atomic<bool> ok{true};
+  std::mutex mutex;
+  std::condition_variable finished;
+
+  // Takes pieces until none is left. `body` and `context` die with the call that made them, so they are touched only
+  // between taking a piece and counting it done.
+  void Work() {
+    const Subnormals subnormals;
+    for (int64_t task; (task = next.fetch_add(1)) < tasks;) {
+      if (!body(context, units * task / tasks, units * (task + 1) / tasks)) ok = false;
+      if (done.fetch_add(1) + 1 == tasks) {
+        std::lock_guard<std::mutex> lock(mutex);
+        finished.notify_all();
+      }
+    }
+  }
+
+  void Wait() {
+    for (int spin = 0; spin < 1000 && done.load() < tasks; ++spin) std::this_thread::yield();
+    std::unique_lock<std::mutex> lock(mutex);
+    finished.wait(lock, [this] { return done.load() == tasks; });
+  }
+};
+
+}  // namespace
+
+int ThreadCount() {
+  static const int count = [] {
+    const char* nproc = std::getenv("NPROC");
+    if (nproc != nullptr && std::atoi(nproc) > 0) return std::atoi(nproc);
+#ifdef __linux__
+    cpu_set_t set;
+    if (sched_getaffinity(0, sizeof set, &set) == 0) return CPU_COUNT(&set);
+#endif
+    return std::max<int>(1, std::thread::hardware_concurrency());
+  }();
+  return count;
+}
+
+bool ParallelFor(const Schedule& schedule, int64_t units, int64_t bytes_per_unit,
+                 bool (*body)(const void*, int64_t, int64_t), const void* context) {
+  const double bytes = static_cast<double>(units) * bytes_per_unit;
+  const int64_t wanted = ThreadCount() * kTasksPerThread;
+  const int64_t tasks = std::min({units, wanted, static_cast<int64_t>(bytes / kGrain)});
+  if (ThreadCount() == 1 || tasks <= 1) {
+    const Subnormals subnormals;
+    return body(context, 0, units);
+  }
+
+  const auto job = std::make_shared<Job>();
+  job->units = units;
+  job->tasks = tasks;
+  job->body = body;
+  job->context = context;
+  for (int64_t helper = 1; helper < std::min<int64_t>(ThreadCount(), tasks); ++helper) {
+    schedule([job] { job->Work(); });
+  }
+  job->Work();
+  job->Wait();
+  return job->ok;
+}
+
+void* Scratch(size_t bytes) {
+  struct Free {
+    void operator()(void* data) const { operator delete(data, std::align_val_t(64)); }
+  };
+  thread_local std::unique_ptr<void, Free> buffer;
+  thread_local size_t size = 0;
+  if (bytes > size) {
+    buffer.reset(operator new(bytes, std::align_val_t(64), std::nothrow));
+    size = buffer ? bytes : 0;
+  }
+  return buffer.get();
+}
+
+void PreferHugePages(void* data, size_t bytes) {
+#ifdef __linux__
+  constexpr uintptr_t kHuge = 2 << 20;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHuge - 1) & ~(kHuge - 1);
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) & ~(kHuge - 1);
+  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)data, (void)bytes;
+#endif
+}
+
+}  // namespace jax_mps

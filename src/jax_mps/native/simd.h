@@ -1,0 +1,244 @@
+// Vectors of N lanes (GNU vector extensions) and the element types: how each is loaded, compared, converted and stored.
+// Included by kernels.cc inside the namespace of one instruction set, so that no inline function is shared between two.
+
+template <class T, int N>
+struct VecOf {
+  typedef T type __attribute__((vector_size(sizeof(T) * N)));
+};
+// A single lane rides in a vector of four: one-lane vectors would be computed outside the vector registers.
+template <class T>
+struct VecOf<T, 1> : VecOf<T, 4> {};
+template <class T, int N>
+using Vec = typename VecOf<T, N>::type;
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+template <class T, int N>
+inline Vec<T, N> LoadRaw(const T* from) {
+  if constexpr (N == 1) return Vec<T, N>{*from};
+  Vec<T, N> v;
+  __builtin_memcpy(&v, from, N * sizeof(T));
+  return v;
+}
+
+template <int N, class T, class V>
+inline void StoreRaw(T* to, V v) {
+  __builtin_memcpy(to, &v, N * sizeof(T));
+}
+
+template <class To, class V>
+inline To Bits(V v) {
+  static_assert(sizeof(To) == sizeof(V));
+  To to;
+  __builtin_memcpy(&to, &v, sizeof v);
+  return to;
+}
+
+template <class T, int N>
+inline Vec<T, N> Broadcast(T value) {
+  return value - Vec<T, N>{};
+}
+
+// Integers change their width in steps of two: the compiler has no single instruction for more, and goes through scalars.
+template <class To, int N, class V>
+inline Vec<To, N> Convert(V v) {
+  using From = std::decay_t<decltype(v[0])>;
+  if constexpr (std::is_integral_v<To> && std::is_integral_v<From> && sizeof(To) > 2 * sizeof(From)) {
+    using Middle = std::conditional_t<sizeof(From) == 1, int16_t, int32_t>;
+    return Convert<To, N>(__builtin_convertvector(v, Vec<std::conditional_t<std::is_signed_v<From>, Middle, std::make_unsigned_t<Middle>>, N>));
+  } else if constexpr (std::is_integral_v<To> && std::is_integral_v<From> && 2 * sizeof(To) < sizeof(From)) {
+    return Convert<To, N>(__builtin_convertvector(v, Vec<std::conditional_t<sizeof(From) == 8, int32_t, int16_t>, N>));
+  } else {
+    return __builtin_convertvector(v, Vec<To, N>);
+  }
+}
+
+struct F16 {
+  uint16_t bits;
+};
+struct BF16 {
+  uint16_t bits;
+};
+
+template <class T>
+constexpr bool kHalf = std::is_same_v<T, F16> || std::is_same_v<T, BF16>;
+
+// The type that sums are accumulated in.
+template <class T>
+using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+// ---- Conversions of half precision: one instruction where there is one, else arithmetic on the bits.
+
+template <int N>
+inline Vec<float, N> Widen(const F16* from) {
+#if defined(__F16C__)
+  if constexpr (N == 4) return Bits<Vec<float, N>>(_mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
+  if constexpr (N == 8) return Bits<Vec<float, N>>(_mm256_cvtph_ps(Bits<__m128i>(LoadRaw<uint16_t, 8>(&from->bits))));
+#endif
+#if defined(__AVX512F__)
+  if constexpr (N == 16) return Bits<Vec<float, N>>(_mm512_maskz_cvtph_ps(0xffff, Bits<__m256i>(LoadRaw<uint16_t, 16>(&from->bits))));
+#endif
+#if defined(__aarch64__)
+  if constexpr (N == 4) return Bits<Vec<float, N>>(vcvt_f32_f16(Bits<float16x4_t>(LoadRaw<uint16_t, 4>(&from->bits))));
+#endif
+  using U = Vec<uint32_t, N>;
+  const U half = Convert<uint32_t, N>(LoadRaw<uint16_t, N>(&from->bits));
+  const U magnitude = (half & 0x7fff) << 13;
+  // A multiplication moves the exponent and normalises subnormals.
+  const U finite = Bits<U>(Bits<Vec<float, N>>(magnitude) * Bits<Vec<float, N>>(Broadcast<uint32_t, N>(0x77800000)));
+  const U special = magnitude | 0x7f800000;
+  return Bits<Vec<float, N>>((magnitude < 0x0f800000 ? finite : special) | ((half & 0x8000) << 16));
+}
+
+template <int N>
+inline Vec<float, N> Widen(const BF16* from) {
+  return Bits<Vec<float, N>>(Convert<uint32_t, N>(LoadRaw<uint16_t, N>(&from->bits)) << 16);
+}
+
+template <int N>
+inline void Narrow(F16* to, Vec<float, N> v) {
+#if defined(__F16C__)
+  if constexpr (N == 4) {
+    return _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_cvtps_ph(Bits<__m128>(v), _MM_FROUND_TO_NEAREST_INT));
+  }
+  if constexpr (N == 8) return StoreRaw<N>(&to->bits, _mm256_cvtps_ph(Bits<__m256>(v), _MM_FROUND_TO_NEAREST_INT));
+#endif
+#if defined(__AVX512F__)
+  if constexpr (N == 16) return StoreRaw<N>(&to->bits, _mm512_maskz_cvtps_ph(0xffff, Bits<__m512>(v), _MM_FROUND_TO_NEAREST_INT));
+#endif
+#if defined(__aarch64__)
+  if constexpr (N == 4) return StoreRaw<N>(&to->bits, vcvt_f16_f32(Bits<float32x4_t>(v)));
+#endif
+  using U = Vec<uint32_t, N>;
+  const U bits = Bits<U>(v);
+  const U magnitude = bits & 0x7fffffff;
+  const U normal = (magnitude + 0xc8000fff + (magnitude >> 13 & 1)) >> 13;
+  // Adding a half lets the addition round a subnormal result.
+  const U subnormal = Bits<U>(Bits<Vec<float, N>>(magnitude) + 0.5f) - 0x3f000000;
+  const U infinite = magnitude > 0x7f800000 ? Broadcast<uint32_t, N>(0x7e00) : Broadcast<uint32_t, N>(0x7c00);
+  const U result = magnitude >= 0x47800000 ? infinite : (magnitude < 0x38800000 ? subnormal : normal);
+  StoreRaw<N>(&to->bits, Convert<uint16_t, N>(result | (bits >> 16 & 0x8000)));
+}
+
+template <int N>
+inline void Narrow(BF16* to, Vec<float, N> v) {
+  using U = Vec<uint32_t, N>;
+  const U bits = Bits<U>(v);
+  const U rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  const U quiet = bits >> 16 | 0x40;
+  StoreRaw<N>(&to->bits, Convert<uint16_t, N>((bits & 0x7fffffff) > 0x7f800000 ? quiet : rounded));
+}
+
+// ---- Numbers in memory as T, in registers as Lane.
+
+template <class Lane, int N, class T>
+inline Vec<Lane, N> Load(const T* from) {
+  if constexpr (std::is_same_v<T, Lane>) {
+    return LoadRaw<T, N>(from);
+  } else if constexpr (kHalf<T>) {
+    if constexpr (std::is_same_v<Lane, float>) {
+      return Widen<N>(from);
+    } else {
+      return Convert<Lane, N>(Widen<N>(from));
+    }
+  } else {
+    return Convert<Lane, N>(LoadRaw<T, N>(from));
+  }
+}
+
+template <int N, class T, class V>
+inline void Store(T* to, V v) {
+  if constexpr (std::is_same_v<T, std::decay_t<decltype(v[0])>>) {
+    StoreRaw<N>(to, v);
+  } else if constexpr (kHalf<T>) {
+    Narrow<N>(to, Convert<float, N>(v));
+  } else {
+    StoreRaw<N>(to, Convert<T, N>(v));
+  }
+}
+
+template <int N>
+inline Vec<double, N> Sqrt(Vec<double, N> v) {
+#if defined(__AVX512F__)
+  if constexpr (N == 8) return Bits<Vec<double, N>>(_mm512_maskz_sqrt_pd(0xff, Bits<__m512d>(v)));
+#endif
+#if defined(__AVX__)
+  if constexpr (N == 4) return Bits<Vec<double, N>>(_mm256_sqrt_pd(Bits<__m256d>(v)));
+#endif
+#if defined(__SSE2__)
+  if constexpr (N == 2) return Bits<Vec<double, N>>(_mm_sqrt_pd(Bits<__m128d>(v)));
+#elif defined(__aarch64__)
+  if constexpr (N == 2) return Bits<Vec<double, N>>(vsqrtq_f64(Bits<float64x2_t>(v)));
+#endif
+  Vec<double, N> root = v;
+  for (int lane = 0; lane < N; ++lane) root[lane] = __builtin_sqrt(v[lane]);
+  return root;
+}
+
+// ---- Keys: numbers that compare as their elements do.
+
+template <class T>
+struct KeyOf {
+  using type = std::conditional_t<sizeof(T) == 1 || kHalf<T>, int16_t, T>;
+};
+template <class T>
+using Key = typename KeyOf<T>::type;
+
+template <class T>
+constexpr bool kFloating = std::is_floating_point_v<T>;
+
+// The least key: what a window without taps holds.
+template <class T>
+constexpr Key<T> Lowest() {
+  if constexpr (kFloating<T>) return -std::numeric_limits<T>::infinity();
+  if constexpr (std::is_same_v<T, F16>) return ~0x7c00;
+  if constexpr (std::is_same_v<T, BF16>) return ~0x7f80;
+  if constexpr (std::is_integral_v<T>) return std::numeric_limits<T>::lowest();
+}
+
+// A half's bits, read as a sign and a magnitude, are in order but for NaN, which loses its sign to become the greatest.
+// The map is its own inverse on numbers, and -0 comes just below +0.
+template <class T, int N>
+inline Vec<Key<T>, N> LoadKey(const T* from) {
+  if constexpr (kHalf<T>) {
+    constexpr int16_t kInfinity = std::is_same_v<T, F16> ? 0x7c00 : 0x7f80;
+    const auto bits = Bits<Vec<int16_t, N>>(LoadRaw<uint16_t, N>(&from->bits));
+    const Vec<int16_t, N> magnitude = bits & 0x7fff;
+    return magnitude > kInfinity ? magnitude : bits ^ (bits >> 15 & 0x7fff);
+  } else {
+    return Load<Key<T>, N>(from);
+  }
+}
+
+template <int N, class T>
+inline void StoreKey(T* to, Vec<Key<T>, N> key) {
+  if constexpr (kHalf<T>) {
+    StoreRaw<N>(&to->bits, key ^ (key >> 15 & 0x7fff));
+  } else {
+    Store<N>(to, key);
+  }
+}
+
+// ---- Sweeping a run of n elements: four vectors at a time, single vectors, and the rest as a vector that overlaps the one
+// before it; a run shorter than a vector with fewer lanes. body(lanes, vectors, position), the first two as types.
+
+template <int N>
+using Int = std::integral_constant<int, N>;
+
+template <int N, class Body>
+inline void Sweep(int64_t n, const Body& body) {
+  int64_t i = 0;
+  if (n >= N) {
+    for (; i + 4 * N <= n; i += 4 * N) body(Int<N>(), Int<4>(), i);
+    for (; i + N <= n; i += N) body(Int<N>(), Int<1>(), i);
+    if (i < n) body(Int<N>(), Int<1>(), n - N);
+  } else if constexpr (N > 1) {
+    Sweep<(N > 8 ? N / 4 : N / 2)>(n, body);
+  }
+}

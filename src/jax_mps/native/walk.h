@@ -1,0 +1,359 @@
+// The one loop nest of the library: every target gathers what its taps read.
+//
+// An operation `Op` says what is done with it:
+//   Element, Wide             type of the sources; type of the sums or keys a row of scratch holds
+//   kLanes                    lanes of a full vector
+//   kBackward, kSeparable     direction; whether rows may be reduced before columns
+//   State<N>                  N targets in registers (Vec<Wide, N> if backward or separable)
+//   Begin(lanes, target, tap) the state before the first tap
+//   Tap(lanes, state, source, tap)    one more tap
+//   Merge(state, vector)      the same from reduced rows (if separable)
+//   Finish(lanes, state, target)      stores the result
+//   At(divisor)               the operation for targets with this number of counted taps
+//   From(scratch)             the operation on another source (if forward and not separable)
+// Positions are in elements; `lanes` is an Int<N>.
+
+// The sources of a run: rows (axes 0 and 1), and in each of them `count` offsets.
+struct Reads {
+  int64_t rows[2], row_step[2], row_tap_step[2];
+  const int64_t* offset;
+  int64_t count, tap, tap_step;
+};
+
+template <class Op>
+inline void Gather(const Op& op, const Reads& reads, int64_t source, int64_t target, int64_t n) {
+  Sweep<Op::kLanes>(n, [&](auto lanes, auto vectors, int64_t i) {
+    constexpr int kN = decltype(lanes)::value;
+    constexpr int kVectors = decltype(vectors)::value;
+    typename Op::template State<kN> state[kVectors];
+    for (int v = 0; v < kVectors; ++v) state[v] = op.Begin(lanes, target + i + v * kN, reads.tap);
+    for (int64_t a = 0; a < reads.rows[0]; ++a) {
+      for (int64_t b = 0; b < reads.rows[1]; ++b) {
+        const int64_t row = source + i + a * reads.row_step[0] + b * reads.row_step[1];
+        int64_t tap = reads.tap + a * reads.row_tap_step[0] + b * reads.row_tap_step[1];
+        for (int64_t c = 0; c < reads.count; ++c, tap += reads.tap_step) {
+          const int64_t from = row + reads.offset[c];
+          for (int v = 0; v < kVectors; ++v) op.Tap(lanes, state[v], from + v * kN, tap);
+        }
+      }
+    }
+    for (int v = 0; v < kVectors; ++v) op.Finish(lanes, state[v], target + i + v * kN);
+  });
+}
+
+// An operation that stops at its state, and one that goes on from there.
+template <class Op>
+struct ToScratch : Op {
+  typename Op::Wide* scratch;
+  ToScratch(const Op& op, typename Op::Wide* scratch) : Op(op), scratch(scratch) {}
+  ToScratch At(int64_t divisor) const { return {Op::At(divisor), scratch}; }
+  template <int N, class V>
+  void Finish(Int<N>, V state, int64_t target) const {
+    StoreRaw<N>(scratch + target, state);
+  }
+};
+
+template <class Op>
+struct FromScratch : Op {
+  const typename Op::Wide* scratch;
+  FromScratch(const Op& op, const typename Op::Wide* scratch) : Op(op), scratch(scratch) {}
+  FromScratch At(int64_t divisor) const { return {Op::At(divisor), scratch}; }
+  template <int N, class V>
+  void Tap(Int<N>, V& state, int64_t source, int64_t) const {
+    Op::Merge(state, LoadRaw<typename Op::Wide, N>(scratch + source));
+  }
+};
+
+// Between a row and its phases, `length` positions apart: phase p holds the positions p, p + stride, ...
+// The row's first position is `first`. `to_phases` is a constant.
+template <bool to_phases, class Row, class Phases>
+inline void Rearrange(Row* row, Phases* phases, int64_t first, int64_t count, int64_t stride, int64_t length, int64_t pitch) {
+  const auto move = [](auto& in_row, auto& in_phase) {
+    if constexpr (to_phases) {
+      in_phase = in_row;
+    } else {
+      in_row = in_phase;
+    }
+  };
+  if (pitch == 1 && stride == 2) {
+    const int64_t odd = first % 2;
+    if (odd != 0) move(row[0], phases[length + first / 2]);
+    Phases* __restrict even_phase = phases + (first + odd) / 2;
+    Phases* __restrict odd_phase = even_phase + length;
+    Row* __restrict pairs = row + odd;
+    const int64_t n = (count - odd) / 2;
+    for (int64_t j = 0; j < n; ++j) {
+      move(pairs[2 * j], even_phase[j]);
+      move(pairs[2 * j + 1], odd_phase[j]);
+    }
+    if ((count - odd) % 2 != 0) move(pairs[2 * n], even_phase[n]);
+    return;
+  }
+  for (int64_t start = 0; start < (stride < count ? stride : count); ++start) {
+    const int64_t position = first + start;
+    Phases* phase = phases + (position % stride * length + position / stride) * pitch;
+    for (int64_t j = start; j < count; j += stride, phase += pitch) {
+      for (int64_t c = 0; c < pitch; ++c) move(row[j * pitch + c], phase[c]);
+    }
+  }
+}
+
+// A piece of a target row and its sources.
+struct Piece {
+  const Chunk* chunk;
+  const Reach* reach[2];
+  int64_t source, target;  // element of the first row read and of the row written, at the last axis' position 0
+  int64_t channels;
+};
+
+inline Piece PieceAt(const Plan& plan, int64_t unit) {
+  Piece piece;
+  const int64_t channel = unit % plan.blocks * plan.block;
+  unit /= plan.blocks;
+  piece.channels = plan.inner - channel < plan.block ? plan.inner - channel : plan.block;
+  piece.chunk = plan.chunks + unit % plan.chunk_count;
+  unit /= plan.chunk_count;
+  const int64_t row = unit % plan.line[1].targets();
+  unit /= plan.line[1].targets();
+  const int64_t plane = unit % plan.line[0].targets();
+  const int64_t outer = unit / plan.line[0].targets();
+  piece.reach[0] = plan.reach[0] + plane;
+  piece.reach[1] = plan.reach[1] + row;
+  const auto element = [&](int64_t planes, int64_t d, int64_t rows, int64_t h, int64_t width) {
+    return ((outer * planes + d) * rows + h) * width * plan.inner + channel;
+  };
+  piece.source = element(plan.line[0].sources(), piece.reach[0]->source, plan.line[1].sources(), piece.reach[1]->source,
+                         plan.line[2].sources());
+  piece.target = element(plan.line[0].targets(), plane, plan.line[1].targets(), row, plan.line[2].targets());
+  return piece;
+}
+
+// The rows a piece reads, with one source in each.
+inline Reads RowsOf(const Plan& plan, const Piece& piece) {
+  static constexpr int64_t kHere = 0;
+  Reads reads;
+  const int64_t row = plan.line[2].sources() * plan.inner;
+  const int64_t taps = plan.line[2].axis.kernel;
+  const int64_t step[2] = {plan.line[1].sources() * row, row};
+  const int64_t tap[2] = {plan.line[1].axis.kernel * taps, taps};
+  reads.tap = 0;
+  for (int a = 0; a < 2; ++a) {
+    reads.rows[a] = piece.reach[a]->count;
+    reads.row_step[a] = plan.line[a].source_step * step[a];
+    reads.row_tap_step[a] = plan.line[a].tap_step * tap[a];
+    reads.tap += piece.reach[a]->tap * tap[a];
+  }
+  reads.offset = &kHere;
+  reads.count = 1;
+  reads.tap_step = plan.line[2].tap_step;
+  return reads;
+}
+
+inline int64_t PhaseElements(const Plan& plan) {
+  const int64_t stride = plan.line[2].axis.stride;
+  const int64_t targets = plan.chunks[0].end - plan.chunks[0].begin;
+  const int64_t phases = plan.line[2].backward && targets < stride ? targets : stride;
+  return phases * plan.phase_length * plan.block;
+}
+
+// Reduces `count` adjacent sources to one target.
+template <int N, class Op, class V>
+inline void Fold(const Op& op, V state, int64_t source, int64_t count, int64_t target) {
+  for (; count >= N; source += N, count -= N) op.Tap(Int<N>(), state, source, 0);
+  if constexpr (N == 1) {
+    op.Finish(Int<1>(), state, target);
+  } else {
+    typename Op::Wide lanes[N];
+    StoreRaw<N>(lanes, state);
+    auto half = LoadRaw<typename Op::Wide, N / 2>(lanes);
+    Op::Merge(half, LoadRaw<typename Op::Wide, N / 2>(lanes + N / 2));
+    Fold<N / 2>(op, half, source, count, target);
+  }
+}
+
+// The reverse: every pixel of a window receives what the window holds, pixels of no window nothing.
+template <class Wide>
+inline void Fill(const Chunk& chunk, const Axis& axis, const Wide* windows, Wide* row) {
+  int64_t pixel = chunk.begin;
+  for (int64_t i = chunk.source_begin; i < chunk.source_end; ++i) {
+    const int64_t first = axis.stride * i - axis.lo;
+    for (; pixel < first; ++pixel) row[pixel - chunk.begin] = 0;
+    const int64_t end = first + axis.kernel < chunk.end ? first + axis.kernel : chunk.end;
+    for (; pixel < end; ++pixel) row[pixel - chunk.begin] = windows[i - chunk.source_begin];
+  }
+  for (; pixel < chunk.end; ++pixel) row[pixel - chunk.begin] = 0;
+}
+
+// All the runs of a piece. `source` is the element of source position 0, as the runs count.
+template <class Op>
+inline void Runs(const Plan& plan, const Piece& piece, const Op& op, const Reads& rows, int64_t source, int64_t target,
+                 int64_t target_pitch) {
+  const int64_t divisor = piece.reach[0]->divisor * piece.reach[1]->divisor;
+  for (const Run* run = piece.chunk->runs; run != piece.chunk->runs + piece.chunk->run_count; ++run) {
+    Reads reads = rows;
+    reads.offset = plan.offset + run->first;
+    reads.count = run->count;
+    reads.tap = rows.rows[0] * rows.rows[1] * run->count > 0 ? rows.tap + run->tap : 0;
+    const Op here = op.At(divisor * run->divisor);
+    int64_t from = source + run->source * plan.pitch;
+    int64_t to = target + run->target * target_pitch;
+    if constexpr (Op::kSeparable && !Op::kBackward) {
+      if (plan.folded) {
+        const int64_t count = rows.rows[0] * rows.rows[1] * run->count;  // there is one row, or none
+        for (int64_t j = 0; j < run->length; ++j) {
+          Fold<Op::kLanes>(here, here.Begin(Int<Op::kLanes>(), 0, 0), from + *reads.offset, count, to + j);
+          from += plan.source_advance;
+        }
+        continue;
+      }
+    }
+    if (plan.joined) {
+      Gather(here, reads, from, to, run->length * piece.channels);
+      continue;
+    }
+    for (int64_t j = 0; j < run->length; ++j) {
+      Gather(here, reads, from, to, piece.channels);
+      from += plan.source_advance * plan.pitch;
+      to += plan.target_advance * target_pitch;
+    }
+  }
+}
+
+// Finishes the targets of a piece from their sums.
+template <class Op>
+inline void FinishRow(const Plan& plan, const Piece& piece, const Op& op, const typename Op::Wide* row) {
+  const int64_t target = piece.target + piece.chunk->begin * plan.inner;
+  Sweep<Op::kLanes>((piece.chunk->end - piece.chunk->begin) * plan.inner, [&](auto lanes, auto vectors, int64_t i) {
+    constexpr int kN = decltype(lanes)::value;
+    for (int v = 0; v < decltype(vectors)::value; ++v, i += kN) {
+      op.Finish(lanes, LoadRaw<typename Op::Wide, kN>(row + i), target + i);
+    }
+  });
+}
+
+// Runs, from a source that the runs' pitch fits, to the result.
+template <class Op>
+inline void Columns(const Plan& plan, const Piece& piece, const Op& op, const Reads& rows, int64_t source,
+                    typename Op::Wide* scratch) {
+  if constexpr (Op::kBackward) {
+    if (plan.phased) {
+      typename Op::Wide* row = scratch + PhaseElements(plan);
+      Runs(plan, piece, ToScratch<Op>(op, scratch), rows, source, 0, plan.block);
+      Rearrange<false>(row, scratch, 0, piece.chunk->end - piece.chunk->begin, plan.line[2].axis.stride, plan.phase_length,
+                       plan.block);
+      return FinishRow(plan, piece, op, row);
+    }
+  }
+  Runs(plan, piece, op, rows, source, piece.target, plan.inner);
+}
+
+// Reduces the rows a piece reads into one, of adjacent positions.
+template <class Op>
+inline void ReduceRows(const Plan& plan, const Piece& piece, const Op& op, typename Op::Wide* scratch) {
+  const Reads rows = RowsOf(plan, piece);
+  const ToScratch<Op> to(op, scratch);
+  const int64_t begin = piece.chunk->source_begin;
+  const int64_t count = piece.chunk->source_end - begin;
+  if (plan.blocks == 1) return Gather(to, rows, piece.source + begin * plan.inner, 0, count * plan.inner);
+  for (int64_t i = 0; i < count; ++i) {
+    Gather(to, rows, piece.source + (begin + i) * plan.inner, i * plan.block, piece.channels);
+  }
+}
+
+// One row at the first tap's place stands for all of them.
+inline Reads OneRow(const Reads& rows) {
+  Reads one = rows;
+  one.rows[0] = one.rows[1] = 1;
+  one.tap = 0;
+  return one;
+}
+
+template <class Op>
+inline void WalkPiece(const Plan& plan, const Piece& piece, const Op& op, typename Op::Wide* scratch) {
+  const Axis& axis = plan.line[2].axis;
+  const Chunk& chunk = *piece.chunk;
+  const int64_t count = chunk.source_end - chunk.source_begin;
+  // Where the first source lies, counted from the first tap of the chunk's first window.
+  const int64_t first = chunk.source_begin + axis.lo - axis.stride * chunk.begin;
+  const bool split = plan.phased && !Op::kBackward;
+  const Reads rows = RowsOf(plan, piece);
+  if constexpr (Op::kSeparable) {
+    if (plan.staged) {
+      using Wide = typename Op::Wide;
+      Wide* row = scratch;
+      scratch += plan.span * plan.block;
+      op.Stage(plan, piece, row);
+      if constexpr (Op::kBackward) {
+        if (plan.folded) {
+          Fill(chunk, axis, row, scratch);
+          return FinishRow(plan, piece, op, scratch);
+        }
+      }
+      if (split) {
+        Rearrange<true>(row, scratch, first, count, axis.stride, plan.phase_length, plan.block);
+        row = scratch;
+      }
+      return Columns(plan, piece, FromScratch<Op>(op, row), OneRow(rows), 0, scratch);
+    }
+  } else if constexpr (!Op::kBackward) {
+    if (split) {
+      using Element = typename Op::Element;
+      Element* phases = reinterpret_cast<Element*>(scratch);
+      const int64_t size = PhaseElements(plan);
+      Reads kept = rows;
+      kept.row_step[0] = rows.rows[1] * size;
+      kept.row_step[1] = size;
+      for (int64_t a = 0; a < rows.rows[0]; ++a) {
+        for (int64_t b = 0; b < rows.rows[1]; ++b) {
+          const Element* row = op.source + piece.source + a * rows.row_step[0] + b * rows.row_step[1];
+          Rearrange<true>(row + chunk.source_begin * plan.inner, phases + a * kept.row_step[0] + b * size, first, count,
+                          axis.stride, plan.phase_length, plan.block);
+        }
+      }
+      return Columns(plan, piece, op.From(phases), kept, 0, scratch);
+    }
+  }
+  Columns(plan, piece, op, rows, piece.source, scratch);
+}
+
+template <class Op>
+size_t ScratchBytes(const Plan& plan) {
+  int64_t elements = plan.staged ? plan.span * plan.block : 0;
+  if (plan.phased) {
+    elements += PhaseElements(plan) * (Op::kBackward || plan.staged ? 1 : plan.rows);
+  }
+  if (Op::kBackward && (plan.phased || plan.folded)) elements += (plan.chunks[0].end - plan.chunks[0].begin) * plan.block;
+  return elements * sizeof(typename Op::Wide);
+}
+
+// Runs the operation over all targets; false if there was no memory for scratch.
+template <class Op>
+bool Walk(const Geometry& geometry, const Schedule& schedule, const Op& op) {
+  const Plan plan(geometry, {Op::kBackward, Op::kSeparable, Op::kLanes, sizeof(typename Op::Wide)});
+  struct Context {
+    const Plan& plan;
+    const Op& op;
+    size_t scratch;
+  };
+  const Context context = {plan, op, ScratchBytes<Op>(plan)};
+  const auto body = [](const void* data, int64_t begin, int64_t end) {
+    const Context& context = *static_cast<const Context*>(data);
+    using Wide = typename Op::Wide;
+    Wide* scratch = nullptr;
+    if (context.scratch > 0) {
+      scratch = static_cast<Wide*>(Scratch(context.scratch));
+      if (scratch == nullptr) return false;
+    }
+    for (int64_t unit = begin; unit < end; ++unit) {
+      WalkPiece(context.plan, PieceAt(context.plan, unit), context.op, scratch);
+    }
+    return true;
+  };
+  int64_t pixels = 1, windows = 1;
+  for (const Axis& axis : geometry.axis) {
+    pixels *= axis.size;
+    windows *= axis.windows;
+  }
+  const int64_t bytes = geometry.outer * geometry.inner * (pixels + windows) * sizeof(typename Op::Element);
+  return ParallelFor(schedule, plan.units(), bytes / plan.units() + 1, body, &context);
+}
