@@ -85,7 +85,7 @@ def avg_pool(
     in the image and in `zeroPadSize`); the divisor's options are those of PyTorch's `avg_pool2d`.
     """
     image = windowed.array("x", x, FLOATS)
-    _check_flag(count_include_pad)
+    geometry.flag("count_include_pad", count_include_pad)
     placement = place(image.shape, window_shape, strides, padding, window_dilation, ceil_mode, data_format)
     window, start = placement.window, placement.start
     lowering.check_implementation(implementation, static=window.is_static())
@@ -146,7 +146,7 @@ def avg_pool_gradient(
     Source: `MPSCNNPoolingAverageGradient`.
     """
     g = windowed.array("source_gradient", source_gradient, FLOATS)
-    _check_flag(count_include_pad)
+    geometry.flag("count_include_pad", count_include_pad)
     shape = geometry.shape("source_shape", source_shape)
     placement = place(shape, window_shape, strides, padding, window_dilation, ceil_mode, data_format)
     window, start = placement.window, placement.start
@@ -157,11 +157,6 @@ def avg_pool_gradient(
         placement, count_include_pad=count_include_pad, ceil_mode=ceil_mode, override=divisor_override
     )
     return windowed.uncrop(gradient(g, window, start, number, implementation=implementation), placement)
-
-
-def _check_flag(count_include_pad: Any) -> None:
-    if not isinstance(count_include_pad, bool | np.bool_):
-        raise TypeError(f"count_include_pad must be a bool, got {count_include_pad!r}")
 
 
 # --- on windows that are placed already ---------------------------------------------------------------

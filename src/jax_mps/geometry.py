@@ -195,8 +195,7 @@ def place(
     """
     window_shape, strides = _freeze("window_shape", window_shape), _freeze("strides", strides)
     window_dilation, padding = _freeze("window_dilation", window_dilation), _freeze_padding(padding)
-    if not isinstance(ceil_mode, bool | np.bool_):
-        raise TypeError(f"ceil_mode must be a bool, got {ceil_mode!r}")
+    flag("ceil_mode", ceil_mode)
     arguments = (window_shape, strides, padding, window_dilation, bool(ceil_mode), data_format)
     if all(isinstance(d, int) for d in shape):
         return _place_static(tuple(shape), *arguments)
@@ -351,6 +350,12 @@ def integer(name: str, value: Any) -> int:
         except TypeError:
             pass
     raise TypeError(f"{name} must be an int known at trace time, got {_describe(value)}")
+
+
+def flag(name: str, value: Any) -> None:
+    """Refuses anything but a static bool."""
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name} must be a bool, got {_describe(value)}")
 
 
 def shape(name: str, value: Any) -> tuple[Dim, ...]:

@@ -21,7 +21,7 @@ from jax import lax
 from jax.interpreters import ad
 from jax.typing import ArrayLike
 
-from jax_mps import _compat, lowering, windowed
+from jax_mps import _compat, geometry, lowering, windowed
 from jax_mps.geometry import (
     DataFormat,
     Edge,
@@ -32,7 +32,6 @@ from jax_mps.geometry import (
     place,
     spatial_start,
 )
-from jax_mps.geometry import shape as as_shape
 from jax_mps.lowering import xla
 from jax_mps.windowed import FLOATS, INTEGERS
 
@@ -136,6 +135,7 @@ def max_pool(
     image = windowed.array("x", x, FLOATS + INTEGERS)
     placement = place(image.shape, window_shape, strides, padding, window_dilation, ceil_mode, data_format)
     window, start = placement.window, placement.start
+    geometry.flag("return_indices", return_indices)
     lowering.check_implementation(implementation, static=window.is_static())
     sizes = image.shape[start : start + window.rank]
     image = windowed.crop(image, placement)
@@ -249,7 +249,7 @@ def max_unpool(
     """
     values = windowed.array("y", y, FLOATS + INTEGERS)
     positions = windowed.array("indices", indices, ("int32",))
-    sizes = as_shape("output_shape", output_shape)
+    sizes = geometry.shape("output_shape", output_shape)
     static = all(isinstance(n, int) for n in sizes)
     if not 1 <= len(sizes) <= 3 or (static and not 0 < math.prod(sizes) < 2**31):
         raise ValueError(

@@ -21,6 +21,7 @@ _WARM_UP_CALLS = 2
 _TURN_SECONDS = 2e-3
 _MOST_CALLS_A_TURN = 50
 _FEWEST_ROUNDS = 3
+_SETTLE_SECONDS = 0.01
 
 
 class Disagreement(AssertionError):
@@ -131,14 +132,16 @@ def measure(
             contender.wait(contender.call())
         once = _turn(contender, calls=1, queued=queued)
         calls[name] = min(max(1, math.ceil(_TURN_SECONDS / once)), _MOST_CALLS_A_TURN)
-        round_seconds += (calls[name] + 1) * once
+        round_seconds += (calls[name] + 1) * once + _SETTLE_SECONDS
     rounds = max(_FEWEST_ROUNDS, min(rounds, int(seconds / round_seconds)))
 
     samples: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds):
         for name, contender in contenders.items():
-            # Untimed: brings the operands back into the caches and wakes the threads that slept (or
-            # waits out the ones that still spin) since somebody else's turn.
+            # The threads of GNU OpenMP, which PyTorch uses, go on spinning for some milliseconds after
+            # their work; until then the next in turn has one core less.
+            time.sleep(_SETTLE_SECONDS)
+            # Untimed: brings the operands back into the caches and wakes the threads that slept.
             contender.wait(contender.call())
             samples[name].append(1e3 * _turn(contender, calls=calls[name], queued=queued))
     return {name: _summary(s) for name, s in samples.items()}

@@ -13,6 +13,7 @@ struct Average {
   T* target;
   bool weighted;
   Wide divisor;
+  bool stream;  // of no use here: averages are smaller than what was read
 
   template <int N>
   State<N> Begin(Int<N>, int64_t, int64_t) const {
@@ -30,7 +31,7 @@ struct Average {
   void Finish(Int<N>, V sum, int64_t to) const {
     Store<N>(target + to, divisor != 0 ? sum / divisor : V{});
   }
-  Average At(int64_t counted) const { return {source, target, weighted, weighted ? static_cast<Wide>(counted) : divisor}; }
+  Average At(int64_t counted) const { return {source, target, weighted, weighted ? static_cast<Wide>(counted) : divisor, stream}; }
   void Stage(const Plan& plan, const Piece& piece, Wide* row) const { ReduceRows(plan, piece, *this, row); }
 };
 
@@ -47,6 +48,7 @@ struct Spread {
   T* target;
   bool weighted;
   Wide divisor;  // of the result, unless weighted
+  bool stream;
 
   template <int N>
   State<N> Begin(Int<N>, int64_t, int64_t) const {
@@ -62,7 +64,9 @@ struct Spread {
   }
   template <int N, class V>
   void Finish(Int<N>, V sum, int64_t to) const {
-    Store<N>(target + to, weighted ? sum : sum / divisor);
+    const V value = weighted ? sum : sum / divisor;
+    if (stream) return Stream<N>(target + to, value);
+    Store<N>(target + to, value);
   }
   const Spread& At(int64_t) const { return *this; }
 
@@ -98,6 +102,6 @@ struct Spread {
 template <template <class> class Op, class T>
 bool Averaging(const Problem& problem) {
   const Op<T> op = {static_cast<const T*>(problem.operand[0]), static_cast<T*>(problem.result[0]),
-                    problem.geometry.weighted, static_cast<Acc<T>>(problem.geometry.divisor)};
+                    problem.geometry.weighted, static_cast<Acc<T>>(problem.geometry.divisor), problem.stream};
   return Walk(problem.geometry, *problem.schedule, op);
 }

@@ -194,6 +194,7 @@ class Call {
     problem_.result[i] = result->untyped_data();
     empty_ |= result->element_count() == 0;
     PreferHugePages(result->untyped_data(), result->size_bytes());
+    problem_.stream |= ExceedsCaches(result->size_bytes());
   }
 
   ffi::Error Run(ffi::ThreadPool& pool) {

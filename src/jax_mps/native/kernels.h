@@ -23,6 +23,7 @@ struct Problem {
   Geometry geometry;
   const void* operand[3];
   void* result[2];
+  bool stream;  // whether the result is too large for the caches
   const Schedule* schedule;
 };
 

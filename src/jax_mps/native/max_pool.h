@@ -153,6 +153,7 @@ struct PutTap {
   const T* source;
   const I* taps;
   T* target;
+  bool stream;
 
   template <int N>
   State<N> Begin(Int<N>, int64_t, int64_t) const {
@@ -160,11 +161,11 @@ struct PutTap {
   }
   template <int N, class V>
   void Tap(Int<N>, V& sum, int64_t from, int64_t tap) const {
-    const auto here = Load<SignedLane<Wide>, N>(taps + from) == static_cast<SignedLane<Wide>>(tap);
-    sum += here ? Load<Wide, N>(source + from) : V{};
+    AddWhere<I, Wide, N>(sum, taps + from, tap, Load<Wide, N>(source + from));
   }
   template <int N, class V>
   void Finish(Int<N>, V sum, int64_t to) const {
+    if (stream) return Stream<N>(target + to, sum);
     Store<N>(target + to, sum);
   }
   const PutTap& At(int64_t) const { return *this; }
@@ -201,6 +202,6 @@ bool MaxPoolTake(const Problem& problem) {
 template <class T, class I>
 bool MaxPoolPut(const Problem& problem) {
   const PutTap<T, I> op = {static_cast<const T*>(problem.operand[0]), static_cast<const I*>(problem.operand[1]),
-                           static_cast<T*>(problem.result[0])};
+                           static_cast<T*>(problem.result[0]), problem.stream};
   return Walk(problem.geometry, *problem.schedule, op);
 }

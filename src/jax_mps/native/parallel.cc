@@ -15,6 +15,7 @@
 #ifdef __linux__
 #include <sched.h>
 #include <sys/mman.h>
+#include <unistd.h>
 #endif
 
 namespace jax_mps {
@@ -45,24 +46,35 @@ class Subnormals {
 #endif
 };
 
+// The tasks that a thread takes first. Every call cuts the same work in the same way, so that a thread finds in its caches
+// what it left there; who is done with his share helps the others.
+struct alignas(64) Share {
+  std::atomic<int64_t> next;
+  int64_t end;
+};
+
 struct Job {
-  int64_t units, tasks;
+  int64_t units, tasks, threads;
   bool (*body)(const void*, int64_t, int64_t);
   const void* context;
-  std::atomic<int64_t> next{0}, done{0};
+  std::unique_ptr<Share[]> shares;
+  std::atomic<int64_t> done{0};
   std::atomic<bool> ok{true};
   std::mutex mutex;
   std::condition_variable finished;
 
-  // Takes pieces until none is left. `body` and `context` die with the call that made them, so they are touched only
-  // between taking a piece and counting it done.
-  void Work() {
+  // Takes tasks until none is left. `body` and `context` die with the call that made them, so they are touched only
+  // between taking a task and counting it done.
+  void Work(int64_t thread) {
     const Subnormals subnormals;
-    for (int64_t task; (task = next.fetch_add(1)) < tasks;) {
-      if (!body(context, units * task / tasks, units * (task + 1) / tasks)) ok = false;
-      if (done.fetch_add(1) + 1 == tasks) {
-        std::lock_guard<std::mutex> lock(mutex);
-        finished.notify_all();
+    for (int64_t i = 0; i < threads; ++i) {
+      Share& share = shares[(thread + i) % threads];
+      for (int64_t task; (task = share.next.fetch_add(1)) < share.end;) {
+        if (!body(context, units * task / tasks, units * (task + 1) / tasks)) ok = false;
+        if (done.fetch_add(1) + 1 == tasks) {
+          std::lock_guard<std::mutex> lock(mutex);
+          finished.notify_all();
+        }
       }
     }
   }
@@ -102,12 +114,18 @@ bool ParallelFor(const Schedule& schedule, int64_t units, int64_t bytes_per_unit
   const auto job = std::make_shared<Job>();
   job->units = units;
   job->tasks = tasks;
+  job->threads = std::min<int64_t>(ThreadCount(), tasks);
   job->body = body;
   job->context = context;
-  for (int64_t helper = 1; helper < std::min<int64_t>(ThreadCount(), tasks); ++helper) {
-    schedule([job] { job->Work(); });
+  job->shares = std::make_unique<Share[]>(job->threads);
+  for (int64_t i = 0; i < job->threads; ++i) {
+    job->shares[i].next = tasks * i / job->threads;
+    job->shares[i].end = tasks * (i + 1) / job->threads;
   }
-  job->Work();
+  for (int64_t thread = 1; thread < job->threads; ++thread) {
+    schedule([job, thread] { job->Work(thread); });
+  }
+  job->Work(0);
   job->Wait();
   return job->ok;
 }
@@ -123,6 +141,18 @@ void* Scratch(size_t bytes) {
     size = buffer ? bytes : 0;
   }
   return buffer.get();
+}
+
+bool ExceedsCaches(size_t bytes) {
+  static const size_t limit = [] {
+    long cache = 0;
+#ifdef _SC_LEVEL3_CACHE_SIZE
+    cache = sysconf(_SC_LEVEL3_CACHE_SIZE);
+#endif
+    // What reads the result next has operands of its own: half the cache is what one result may hope for.
+    return (cache > 0 ? static_cast<size_t>(cache) : size_t{32} << 20) / 2;
+  }();
+  return bytes > limit;
 }
 
 void PreferHugePages(void* data, size_t bytes) {

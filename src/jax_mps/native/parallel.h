@@ -22,6 +22,9 @@ bool ParallelFor(const Schedule& schedule, int64_t units, int64_t bytes_per_unit
 // Scratch of the calling thread, 64-byte aligned, valid until its next request; null if there is no memory.
 void* Scratch(size_t bytes);
 
+// Whether a result of that size had better not go through the caches.
+bool ExceedsCaches(size_t bytes);
+
 // Asks for huge pages behind a large result that was not touched yet.
 void PreferHugePages(void* data, size_t bytes);
 

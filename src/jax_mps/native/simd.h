@@ -45,10 +45,68 @@ inline Vec<T, N> Broadcast(T value) {
   return value - Vec<T, N>{};
 }
 
-// Integers change their width in steps of two: the compiler has no single instruction for more, and goes through scalars.
+// Integers of another width, where the compiler has one instruction but builds it from many: `Resize` returns false where
+// there is none.
+template <class To, class From, int N>
+inline bool Resize(Vec<From, N> v, Vec<To, N>& to) {
+  constexpr int kFrom = sizeof(From), kTo = sizeof(To);
+  constexpr bool kSigned = std::is_signed_v<From>;
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+  if constexpr (N == 16 && kTo == 4) {
+    if constexpr (kFrom == 1) {
+      const __m128i x = Bits<__m128i>(v);
+      to = Bits<Vec<To, N>>(kSigned ? _mm512_maskz_cvtepi8_epi32(0xffff, x) : _mm512_maskz_cvtepu8_epi32(0xffff, x));
+      return true;
+    }
+    if constexpr (kFrom == 2) {
+      const __m256i x = Bits<__m256i>(v);
+      to = Bits<Vec<To, N>>(kSigned ? _mm512_maskz_cvtepi16_epi32(0xffff, x) : _mm512_maskz_cvtepu16_epi32(0xffff, x));
+      return true;
+    }
+  }
+  if constexpr (N == 16 && kFrom == 4) {
+    if constexpr (kTo == 1) return to = Bits<Vec<To, N>>(_mm512_maskz_cvtepi32_epi8(0xffff, Bits<__m512i>(v))), true;
+    if constexpr (kTo == 2) return to = Bits<Vec<To, N>>(_mm512_maskz_cvtepi32_epi16(0xffff, Bits<__m512i>(v))), true;
+  }
+  if constexpr (N == 32 && kFrom == 1 && kTo == 2) {
+    const __m256i x = Bits<__m256i>(v);
+    to = Bits<Vec<To, N>>(kSigned ? _mm512_maskz_cvtepi8_epi16(0xffffffff, x) : _mm512_maskz_cvtepu8_epi16(0xffffffff, x));
+    return true;
+  }
+  if constexpr (N == 32 && kFrom == 2 && kTo == 1) {
+    return to = Bits<Vec<To, N>>(_mm512_maskz_cvtepi16_epi8(0xffffffff, Bits<__m512i>(v))), true;
+  }
+#endif
+#if defined(__AVX2__)
+  if constexpr (N == 8 && kTo == 4) {
+    if constexpr (kFrom == 1) {
+      const __m128i x = _mm_cvtsi64_si128(Bits<int64_t>(v));
+      to = Bits<Vec<To, N>>(kSigned ? _mm256_cvtepi8_epi32(x) : _mm256_cvtepu8_epi32(x));
+      return true;
+    }
+    if constexpr (kFrom == 2) {
+      const __m128i x = Bits<__m128i>(v);
+      to = Bits<Vec<To, N>>(kSigned ? _mm256_cvtepi16_epi32(x) : _mm256_cvtepu16_epi32(x));
+      return true;
+    }
+  }
+  if constexpr (N == 16 && kFrom == 1 && kTo == 2) {
+    const __m128i x = Bits<__m128i>(v);
+    to = Bits<Vec<To, N>>(kSigned ? _mm256_cvtepi8_epi16(x) : _mm256_cvtepu8_epi16(x));
+    return true;
+  }
+#endif
+  return false;
+}
+
+// Elsewhere integers change their width in steps of two: for more at once the compiler goes through scalars.
 template <class To, int N, class V>
 inline Vec<To, N> Convert(V v) {
   using From = std::decay_t<decltype(v[0])>;
+  if constexpr (std::is_integral_v<To> && std::is_integral_v<From> && sizeof(To) != sizeof(From)) {
+    Vec<To, N> to;
+    if (Resize<To, From, N>(v, to)) return to;
+  }
   if constexpr (std::is_integral_v<To> && std::is_integral_v<From> && sizeof(To) > 2 * sizeof(From)) {
     using Middle = std::conditional_t<sizeof(From) == 1, int16_t, int32_t>;
     return Convert<To, N>(__builtin_convertvector(v, Vec<std::conditional_t<std::is_signed_v<From>, Middle, std::make_unsigned_t<Middle>>, N>));
@@ -161,6 +219,53 @@ inline void Store(T* to, V v) {
   } else {
     StoreRaw<N>(to, Convert<T, N>(v));
   }
+}
+
+// sum += value where from[i] == key.
+template <class I, class Lane, int N>
+inline void AddWhere(Vec<Lane, N>& sum, const I* from, int64_t key, Vec<Lane, N> value) {
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+  // Compared in their own width: the mask has a bit a lane whatever the width.
+  if constexpr (N == 16 && std::is_same_v<Lane, float> && sizeof(I) < 4) {
+    __mmask16 here;
+    if constexpr (sizeof(I) == 1) {
+      here = _mm_cmpeq_epi8_mask(Bits<__m128i>(LoadRaw<I, 16>(from)), _mm_set1_epi8(static_cast<int8_t>(key)));
+    } else {
+      here = _mm256_cmpeq_epi16_mask(Bits<__m256i>(LoadRaw<I, 16>(from)), _mm256_set1_epi16(static_cast<int16_t>(key)));
+    }
+    sum = Bits<Vec<Lane, N>>(_mm512_mask_add_ps(Bits<__m512>(sum), here, Bits<__m512>(sum), Bits<__m512>(value)));
+    return;
+  }
+#endif
+  using Signed = std::conditional_t<sizeof(Lane) == 8, int64_t, int32_t>;
+  const auto here = Load<Signed, N>(from) == static_cast<Signed>(key);
+  sum += here ? value : Vec<Lane, N>{};
+}
+
+// Stores past the caches, where the result is too large to stay in them: the lines need not be read first. Stores of half
+// precision, of run ends and off the vectors' alignment go the usual way. StreamFence() before another thread reads.
+template <int N, class T, class V>
+inline void Stream(T* to, V v) {
+#if defined(__x86_64__) || defined(_M_X64)
+  if constexpr (std::is_same_v<T, std::decay_t<decltype(v[0])>> && N * sizeof(T) == kVectorBytes) {
+    if (reinterpret_cast<uintptr_t>(to) % kVectorBytes == 0) {
+#if defined(__AVX512F__)
+      return _mm512_stream_si512(reinterpret_cast<__m512i*>(to), Bits<__m512i>(v));
+#elif defined(__AVX__)
+      return _mm256_stream_si256(reinterpret_cast<__m256i*>(to), Bits<__m256i>(v));
+#else
+      return _mm_stream_si128(reinterpret_cast<__m128i*>(to), Bits<__m128i>(v));
+#endif
+    }
+  }
+#endif
+  Store<N>(to, v);
+}
+
+inline void StreamFence() {
+#if defined(__x86_64__) || defined(_M_X64)
+  _mm_sfence();
+#endif
 }
 
 template <int N>

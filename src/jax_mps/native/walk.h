@@ -20,22 +20,40 @@ struct Reads {
   int64_t count, tap, tap_step;
 };
 
+// Taps of a row that are added up by themselves before they are added to the rest, so that the rounding errors of a long
+// window do not grow with its length.
+constexpr int64_t kLongRow = 512;
+
 template <class Op>
 inline void Gather(const Op& op, const Reads& reads, int64_t source, int64_t target, int64_t n) {
   Sweep<Op::kLanes>(n, [&](auto lanes, auto vectors, int64_t i) {
     constexpr int kN = decltype(lanes)::value;
     constexpr int kVectors = decltype(vectors)::value;
-    typename Op::template State<kN> state[kVectors];
-    for (int v = 0; v < kVectors; ++v) state[v] = op.Begin(lanes, target + i + v * kN, reads.tap);
-    for (int64_t a = 0; a < reads.rows[0]; ++a) {
-      for (int64_t b = 0; b < reads.rows[1]; ++b) {
-        const int64_t row = source + i + a * reads.row_step[0] + b * reads.row_step[1];
-        int64_t tap = reads.tap + a * reads.row_tap_step[0] + b * reads.row_tap_step[1];
-        for (int64_t c = 0; c < reads.count; ++c, tap += reads.tap_step) {
-          const int64_t from = row + reads.offset[c];
-          for (int v = 0; v < kVectors; ++v) op.Tap(lanes, state[v], from + v * kN, tap);
+    using State = typename Op::template State<kN>;
+    const auto take = [&](State* state, int64_t begin, int64_t end) {
+      for (int64_t a = 0; a < reads.rows[0]; ++a) {
+        for (int64_t b = 0; b < reads.rows[1]; ++b) {
+          const int64_t row = source + i + a * reads.row_step[0] + b * reads.row_step[1];
+          int64_t tap = reads.tap + a * reads.row_tap_step[0] + b * reads.row_tap_step[1] + begin * reads.tap_step;
+          for (int64_t c = begin; c < end; ++c, tap += reads.tap_step) {
+            const int64_t from = row + reads.offset[c];
+            for (int v = 0; v < kVectors; ++v) op.Tap(lanes, state[v], from + v * kN, tap);
+          }
         }
       }
+    };
+    State state[kVectors];
+    for (int v = 0; v < kVectors; ++v) state[v] = op.Begin(lanes, target + i + v * kN, reads.tap);
+    if constexpr (Op::kSeparable) {
+      take(state, 0, reads.count < kLongRow ? reads.count : kLongRow);
+      for (int64_t c = kLongRow; c < reads.count; c += kLongRow) {
+        State part[kVectors];
+        for (int v = 0; v < kVectors; ++v) part[v] = op.Begin(lanes, target + i + v * kN, reads.tap);
+        take(part, c, reads.count - c < kLongRow ? reads.count : c + kLongRow);
+        for (int v = 0; v < kVectors; ++v) Op::Merge(state[v], part[v]);
+      }
+    } else {
+      take(state, 0, reads.count);
     }
     for (int v = 0; v < kVectors; ++v) op.Finish(lanes, state[v], target + i + v * kN);
   });
@@ -159,7 +177,13 @@ inline int64_t PhaseElements(const Plan& plan) {
 // Reduces `count` adjacent sources to one target.
 template <int N, class Op, class V>
 inline void Fold(const Op& op, V state, int64_t source, int64_t count, int64_t target) {
-  for (; count >= N; source += N, count -= N) op.Tap(Int<N>(), state, source, 0);
+  while (count >= N) {
+    auto part = op.Begin(Int<N>(), 0, 0);
+    for (int64_t end = count > N * kLongRow ? count - N * kLongRow : 0; count >= N && count > end; source += N, count -= N) {
+      op.Tap(Int<N>(), part, source, 0);
+    }
+    Op::Merge(state, part);
+  }
   if constexpr (N == 1) {
     op.Finish(Int<1>(), state, target);
   } else {
@@ -347,6 +371,7 @@ bool Walk(const Geometry& geometry, const Schedule& schedule, const Op& op) {
     for (int64_t unit = begin; unit < end; ++unit) {
       WalkPiece(context.plan, PieceAt(context.plan, unit), context.op, scratch);
     }
+    if constexpr (Op::kBackward) StreamFence();
     return true;
   };
   int64_t pixels = 1, windows = 1;
