@@ -1,0 +1,57 @@
+"""What all tests share: the two CPU paths, strict promotion, 64-bit types."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import pytest
+
+from jax_mps.lowering import ffi
+
+# `--import-mode=importlib` leaves this folder off the path, and tests share `oracle.py`.
+sys.path.insert(0, str(Path(__file__).parent))
+pytest.register_assert_rewrite("oracle")
+
+
+@pytest.fixture
+def native() -> None:
+    """Skips the test where the native library is missing; fails it where that is not allowed."""
+    try:
+        status = ffi.status()
+    except RuntimeError as error:
+        pytest.fail(str(error))
+    if not status.available:
+        message = f"the native library is missing: {status.reason}"
+        if os.environ.get("JAX_MPS_NATIVE") == "required":
+            pytest.fail(message)
+        pytest.skip(message)
+
+
+@pytest.fixture(params=["native", "xla"])
+def implementation(request: pytest.FixtureRequest) -> str:
+    """Both CPU paths, one after the other."""
+    if request.param == "native":
+        request.getfixturevalue("native")
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def strict_promotion() -> Iterator[None]:
+    """No implicit change of type or rank, in the library as in the tests."""
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        yield
+
+
+@pytest.fixture
+def x64() -> Iterator[None]:
+    """64-bit types for one test."""
+    if hasattr(jax, "enable_x64"):
+        enable = jax.enable_x64
+    else:  # older versions of JAX
+        from jax.experimental import enable_x64 as enable
+    with enable(True):
+        yield

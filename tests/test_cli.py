@@ -1,0 +1,197 @@
+"""The command line, in processes of its own."""
+
+import json
+import os
+import subprocess
+import sys
+import types
+from importlib import metadata
+from pathlib import Path
+
+import jax
+import pytest
+
+import jax_mps
+from jax_mps import __main__ as cli
+from jax_mps import _extras
+from jax_mps.bench import runner
+from jax_mps.lowering import ffi
+
+
+def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    inherited = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    return subprocess.run(
+        [sys.executable, "-m", "jax_mps", *arguments],
+        env=inherited | {"JAX_PLATFORMS": "cpu"} | environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+
+
+# --- info ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arguments", [("info",), ()], ids=["info", "nothing"])
+def test_info(arguments):
+    run = command(*arguments, JAX_MPS_NATIVE="auto")
+    assert (run.returncode, run.stderr) == (0, "")
+    sections = dict(part.split("\n", 1) for part in run.stdout.strip().split("\n\n"))
+    assert list(sections) == ["versions", "devices", "paths", "native kernels"]
+
+    def rows(title: str) -> dict[str, str]:
+        lines = [line.strip() for line in sections[title].splitlines()]
+        return {name: value.strip() for name, _, value in (line.partition("  ") for line in lines)}
+
+    assert rows("versions")["jax"] == metadata.version("jax")
+    assert rows("versions")["jaxlib"] == metadata.version("jaxlib")
+    assert any("platform cpu" in kind for kind in rows("devices").values())
+    paths = rows("paths")
+    assert {"cuda", "METAL (jax-metal)", "mps (jax-mps)"} <= set(paths)
+    assert paths["cpu, sharded automatically"].startswith("StableHLO")
+    library, native = rows("native kernels"), jax_mps.native_available()
+    assert Path(library["library"]).name == Path(ffi.status().path).name
+    assert paths["cpu, one device or shard_map"] == ("native kernels" if native else "StableHLO")
+    if native:
+        assert library["FFI API of library"] == "0.1"
+        assert library["instruction set"] == ffi.status().instruction_set
+        assert int(library["threads"]) >= 1
+    else:
+        assert library["not used"].endswith("the StableHLO path serves")
+
+
+def test_info_without_the_library_says_why():
+    run = command("info", JAX_MPS_NATIVE="off")
+    assert run.returncode == 0
+    assert "JAX_MPS_NATIVE=off; the StableHLO path serves" in run.stdout
+    assert command("info", "--require-native", JAX_MPS_NATIVE="off").returncode == 1
+
+
+@pytest.mark.usefixtures("native")
+def test_info_can_require_the_library():
+    assert command("info", "--require-native").returncode == 0
+
+
+# --- bench --------------------------------------------------------------------------------------------
+
+
+def test_bench_checks_times_and_writes_json(tmp_path):
+    path = tmp_path / "bench.json"
+    selection = ["--shapes", "global", "--rounds", "3", "--seconds", "0.01"]
+    run = command("bench", *selection, "--json", str(path))
+    assert run.returncode == 0, run.stderr
+    report = json.loads(path.read_text())
+    ours = "native" if jax_mps.native_available() else "xla"
+    assert report["contenders"] == [ours, "lax", "torch", "torch_channels_last"]
+    assert report["versions"]["jax"] == metadata.version("jax")
+    assert report["copy_gbs"] > 0
+    assert [r["op"] for r in report["results"]] == ["forward", "gradient", "gradient_kernel", "step"]
+    for result in report["results"]:
+        assert result["shape"] == "global"
+        assert result["description"] == "avg 32x7x7x512 k7 s7"
+        assert set(result["timings"]) | set(result["absent"]) == set(report["contenders"])
+        assert {ours, "lax", "torch"} <= set(result["timings"])
+        for timing in result["timings"].values():
+            assert 0 < timing["lower_quartile"] <= timing["median"] <= timing["upper_quartile"]
+            assert timing["rounds"] == 3
+        assert result["op"] in run.stdout
+
+    markdown = command("bench", "--markdown", str(path))
+    assert markdown.returncode == 0
+    for result in report["results"]:
+        assert f"| global | {result['op']} |" in markdown.stdout
+
+
+def test_bench_of_both_our_paths(tmp_path, native):
+    path = tmp_path / "bench.json"
+    run = command(
+        "bench", "--shapes", "global", "--ops", "forward", "--rounds", "3", "--seconds", "0.01",
+        "--implementations", "xla", "native", "--peers", "--json", str(path),
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    (result,) = json.loads(path.read_text())["results"]
+    assert set(result["timings"]) == {"xla", "native"}
+
+
+def test_bench_refuses_to_time_what_is_not_there():
+    run = command("bench", "--shapes", "global", "--implementations", "native", JAX_MPS_NATIVE="off")
+    assert run.returncode == 2
+    assert "the native kernels cannot be timed: JAX_MPS_NATIVE=off" in run.stderr
+
+
+def _case(contenders: dict[str, float]) -> runner.Case:
+    def make(value: float) -> runner.Contender:
+        return runner.Contender(lambda: value, lambda _: None, lambda v: [jax.numpy.full(3, v)])
+
+    makers = {name: (lambda value=value: make(value)) for name, value in contenders.items()}
+    return runner.Case("shape", "what", "forward", "float32", "channels_last", 1, (1e-3,), makers)
+
+
+def test_bench_stops_where_results_disagree():
+    runner.run(_case({"native": 1.0, "lax": 1.0005}), rounds=3, seconds=0.01, queued=False)
+    with pytest.raises(runner.Disagreement, match="output 0 of lax is off that of native"):
+        runner.run(_case({"native": 1.0, "lax": 1.01}), rounds=3, seconds=0.01, queued=False)
+    with pytest.raises(runner.Disagreement):
+        runner.run(_case({"native": 1.0, "lax": float("nan")}), rounds=3, seconds=0.01, queued=False)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("bench", "--shapes", "nothing"),
+        ("bench", "--dtypes", "int8"),
+        ("bench", "--rounds", "many"),
+        ("demo", "--seed", "x"),
+        ("info", "--loud"),
+        ("unknown",),
+    ],
+)
+def test_wrong_use_has_status_2(arguments, capsys):
+    with pytest.raises(SystemExit) as raised:
+        cli.main(arguments)
+    assert raised.value.code == 2
+    assert "usage: python -m jax_mps" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"), [((), "info"), (("bench",), "--shapes"), (("demo",), "--seed")]
+)
+def test_help(arguments, expected, capsys):
+    with pytest.raises(SystemExit) as raised:
+        cli.main([*arguments, "--help"])
+    assert raised.value.code == 0
+    assert expected in capsys.readouterr().out
+
+
+# --- optional dependencies ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "module"), [("demo", "sklearn"), ("demo", "matplotlib"), ("demo", "optax"), ("bench", "rich")]
+)
+def test_a_missing_extra_is_one_clear_line(name, module, monkeypatch, capsys, tmp_path):
+    def find_spec(wanted: str) -> object:
+        return None if wanted == module else types.SimpleNamespace(name=wanted)
+
+    monkeypatch.setattr(_extras.importlib.util, "find_spec", find_spec)
+    monkeypatch.chdir(tmp_path)
+    assert cli.main([name]) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    (line,) = output.err.splitlines()
+    assert line.startswith(f"jax_mps: {module} not installed")
+    assert f"[{name}]" in line
+    assert not list(tmp_path.iterdir())
+
+
+def test_demo_takes_a_path_and_a_seed(monkeypatch, tmp_path):
+    seen = {}
+
+    def run(options):
+        seen.update(vars(options))
+        return 0
+
+    monkeypatch.setattr(cli.demo, "run", run)
+    assert cli.main(["demo", "--output", str(tmp_path / "x.png"), "--seed", "3"]) == 0
+    assert (seen["output"], seen["seed"]) == (tmp_path / "x.png", 3)

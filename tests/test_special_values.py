@@ -1,0 +1,354 @@
+"""Ties, NaN, infinities, signed zeros, and sums that half precision would lose."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import grid
+import jax_mps
+import oracle
+
+nan, inf = np.nan, np.inf
+
+
+def row(*values, dtype=np.float32):
+    return np.array(values, dtype).reshape(1, -1, 1)
+
+
+def max_pool_and_vjp(x, g, implementation, **call):
+    """Values, positions, reverse and forward mode and the gradient function, all of one call."""
+    pool = functools.partial(jax_mps.max_pool, **call, implementation=implementation)
+    y, indices = pool(x, return_indices=True)
+    np.testing.assert_array_equal(y, pool(x))
+    dx = jax.vjp(pool, x)[1](g)[0]
+    np.testing.assert_array_equal(dx, jax_mps.max_pool_gradient(g, x, **call, implementation=implementation))
+    return y, indices, dx
+
+
+# --- ties ---------------------------------------------------------------------------------------------
+
+
+def test_ties_in_a_row(implementation):
+    y, indices, dx = max_pool_and_vjp(
+        row(1, 3, 3, 2, 0), row(10, 20, 30), implementation, window_shape=3, strides=2, padding=1
+    )
+    np.testing.assert_array_equal(y.ravel(), [3, 3, 2])
+    np.testing.assert_array_equal(indices.ravel(), [1, 1, 3])
+    np.testing.assert_array_equal(dx.ravel(), [0, 30, 0, 30, 0])
+
+
+def test_ties_choose_the_first_in_row_major_order(implementation):
+    x = np.array([[1, 2, 0], [2, 2, 2], [0, 2, 1]], np.float32).reshape(1, 3, 3, 1)
+    g = np.ones((1, 1, 1, 1), np.float32)
+    _, indices, dx = max_pool_and_vjp(x, g, implementation, window_shape=3, strides=1)
+    assert indices.item() == 1
+    np.testing.assert_array_equal(dx.ravel(), [0, 1, 0, 0, 0, 0, 0, 0, 0])
+
+
+def test_a_column_does_not_come_before_a_row(implementation):
+    """The first maximum is in the lower left in one order of the axes, in the upper right in the other."""
+    x = np.array([[0, 5], [5, 0]], np.float32).reshape(1, 2, 2, 1)
+    _, indices, _ = max_pool_and_vjp(
+        x, np.ones((1, 1, 1, 1), np.float32), implementation, window_shape=2, strides=1
+    )
+    assert indices.item() == 1
+
+
+@pytest.mark.parametrize("data_format", grid.FORMATS)
+@pytest.mark.parametrize(
+    "name", ["stem", "aspp", "nine", "blocks", "five", "volume-padded", "volume-long", "global"]
+)
+def test_ties_after_a_relu(name, data_format, implementation):
+    """And of constant images, where all pixels tie."""
+    case = grid.CASES[name]
+    shape, call = case.shape(data_format), {**case.geometry, "data_format": data_format}
+
+    @jax.jit
+    def run(x, g):
+        def pool(x):
+            return jax_mps.max_pool(
+                x, case.window_shape, **call, return_indices=True, implementation=implementation
+            )
+
+        _, vjp, indices = jax.vjp(pool, x, has_aux=True)
+        return indices, vjp(g)[0]
+
+    for x in (oracle.tied(shape), np.zeros(shape, np.float32), np.full(shape, -2, np.float32)):
+        expected, position = oracle.max_pool(x, case.window_shape, **call)
+        g = oracle.normal(expected.shape)
+        indices, dx = run(x, g)
+        oracle.assert_same(indices, position)
+        expected = oracle.max_pool_gradient(g, x, case.window_shape, **call)
+        oracle.assert_close(dx, expected, length=case.taps, scale=float(np.abs(g).max()) * case.taps)
+
+
+@pytest.mark.parametrize("dtype", grid.INTEGERS)
+def test_ties_of_integers(dtype, implementation):
+    x = oracle.tied((2, 9, 8, 3)).astype(dtype)
+    _, indices = jax_mps.max_pool(
+        x, 3, strides=2, padding=1, return_indices=True, implementation=implementation
+    )
+    oracle.assert_same(indices, oracle.max_pool(x, (3, 3), strides=2, padding=1)[1])
+
+
+def test_zeros_of_either_sign_are_equal(implementation):
+    g = row(1, 1)
+    for x in (row(-0.0, 0.0, 0.0, -0.0), row(0.0, -0.0, -0.0, 0.0)):
+        y, indices, dx = max_pool_and_vjp(x, g, implementation, window_shape=2, strides=2)
+        np.testing.assert_array_equal(y.ravel(), [0, 0])
+        np.testing.assert_array_equal(indices.ravel(), [0, 2])
+        np.testing.assert_array_equal(dx.ravel(), [1, 0, 1, 0])
+
+
+# --- NaN and infinities -------------------------------------------------------------------------------
+
+
+def test_nan_propagates_and_the_first_nan_takes_the_gradient(implementation):
+    """PyTorch sends the gradient to the last NaN, XLA to an element that is none."""
+    x = row(1, nan, 5, nan, 7)
+    y, indices, dx = max_pool_and_vjp(x, row(1, 10, 100), implementation, window_shape=3, strides=1)
+    np.testing.assert_array_equal(y.ravel(), [nan, nan, nan])
+    np.testing.assert_array_equal(indices.ravel(), [1, 1, 3])
+    np.testing.assert_array_equal(dx.ravel(), [0, 11, 0, 100, 0])
+
+
+@pytest.mark.parametrize("dtype", grid.FLOATS)
+@pytest.mark.parametrize("name", ["stem", "nine", "aspp"])
+def test_nan_and_infinities_anywhere(name, dtype, implementation, x64):
+    case = grid.CASES[name]
+    rng = np.random.default_rng(3)
+    shape = case.shape("channels_last")
+    kinds = [nan, -nan, inf, -inf, 0.0, -0.0, 1.0, -1.0]
+    x = rng.choice(kinds, size=shape, p=[0.05, 0.05, 0.05, 0.4, 0.1, 0.1, 0.1, 0.15]).astype(jnp.dtype(dtype))
+
+    @jax.jit
+    def run(x, g):
+        pool = functools.partial(
+            jax_mps.max_pool, window_shape=case.window_shape, **case.geometry, implementation=implementation
+        )
+        return pool(x), *pool(x, return_indices=True), jax.vjp(pool, x)[1](g)[0]
+
+    expected, position = oracle.max_pool(x, case.window_shape, **case.geometry)
+    assert np.isnan(expected).any()
+    assert np.isfinite(expected).any()
+    g = np.random.default_rng(4).integers(-4, 5, size=expected.shape).astype(x.dtype)
+    plain, y, indices, dx = run(x, g)
+    oracle.assert_same(plain, expected)
+    oracle.assert_same(y, expected)
+    oracle.assert_same(indices, position)
+    oracle.assert_same(dx, oracle.max_pool_gradient(g, x, case.window_shape, **case.geometry))
+
+
+@pytest.mark.parametrize("dtype", grid.FLOATS)
+def test_padding_never_wins_against_minus_infinity(dtype, implementation, x64):
+    x = row(-inf, -inf, -inf, -inf, dtype=jnp.dtype(dtype))
+    g = row(1, 2, dtype=jnp.dtype(dtype))
+    y, indices, dx = max_pool_and_vjp(x, g, implementation, window_shape=3, strides=2, padding=1)
+    np.testing.assert_array_equal(y.astype(np.float32).ravel(), [-inf, -inf])
+    np.testing.assert_array_equal(indices.ravel(), [0, 1])
+    np.testing.assert_array_equal(dx.astype(np.float32).ravel(), [1, 2, 0, 0])
+
+
+@pytest.mark.parametrize(
+    "name", ["stem", "nine", "aspp", "volume-padded", "larger-than-image", "dilated-holes", "wide"]
+)
+def test_images_of_minus_infinity(name, implementation):
+    case = grid.CASES[name]
+    x = np.full(case.shape("channels_last"), -inf, np.float32)
+    _, position = oracle.max_pool(x, case.window_shape, **case.geometry)
+    _, indices = jax_mps.max_pool(
+        x, case.window_shape, **case.geometry, return_indices=True, implementation=implementation
+    )
+    oracle.assert_same(indices, position)
+    g = np.ones(position.shape, np.float32)
+    dx = jax_mps.max_pool_gradient(g, x, case.window_shape, **case.geometry, implementation=implementation)
+    assert dx.sum() == g.sum()
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int32", "uint8", "bool"])
+def test_images_of_the_lowest_number(dtype, implementation):
+    lowest = False if dtype == "bool" else np.iinfo(dtype).min
+    x = np.full((1, 5, 5, 2), lowest, dtype)
+    y, indices = jax_mps.max_pool(
+        x, 3, strides=2, padding=1, return_indices=True, implementation=implementation
+    )
+    oracle.assert_same(y, np.full((1, 3, 3, 2), lowest, dtype))
+    oracle.assert_same(indices, oracle.max_pool(x, (3, 3), strides=2, padding=1)[1])
+
+
+def test_an_infinite_gradient_stays_with_its_maximum(implementation):
+    dx = jax_mps.max_pool_gradient(
+        row(inf, nan), row(1, 2, 4, 3), 2, strides=2, implementation=implementation
+    )
+    np.testing.assert_array_equal(dx.ravel(), [0, inf, nan, 0])
+
+
+@pytest.mark.parametrize("op", [grid.AVERAGE, grid.L2], ids=str)
+def test_nan_and_infinity_stay_in_their_windows(op, implementation):
+    """Neither leaks into a neighbour through a running sum, nor through padding."""
+    x = row(1, 2, nan, 4, inf, 6, -inf, 8, 2, 2)
+    y = np.asarray(op.pool(x, 2, strides=1, padding=1, implementation=implementation)).ravel()
+    expected = {
+        "average": [0.5, 1.5, nan, nan, inf, inf, -inf, -inf, 5, 2, 1],
+        "l2": [1, 5**0.5, nan, nan, inf, inf, inf, inf, 68**0.5, 8**0.5, 2],
+    }[op.name]
+    np.testing.assert_allclose(y, expected, rtol=1e-6)
+
+
+def test_opposite_infinities_average_to_nan(implementation):
+    y = jax_mps.avg_pool(row(inf, -inf, 1, 1), 2, strides=2, implementation=implementation)
+    np.testing.assert_array_equal(y.ravel(), [nan, 1])
+
+
+# --- L2 beyond the range of squares -------------------------------------------------------------------
+
+RANGES = [
+    ("float32", 1e20),
+    ("float32", 3e38),
+    ("float32", 1e-30),
+    ("float32", 1e-37),  # XLA flushes what is smaller than 1.2e-38
+    ("float16", 300.0),
+    ("float16", 30000.0),
+    ("float16", 1e-4),
+    ("bfloat16", 1e20),
+    ("bfloat16", 3e38),
+    ("bfloat16", 1e-30),
+    ("float64", 1e200),
+    ("float64", 1e-200),
+    ("float64", 1e-300),
+]
+
+
+@pytest.mark.parametrize(("dtype", "size"), RANGES)
+def test_l2_of_extreme_numbers(dtype, size, implementation, x64):
+    """Windows of [3, 4] / 5 times a size whose square cannot be held, beside ordinary windows."""
+    x = row(0.6 * size, -0.8 * size, 3, 4, 0, 0, 0.8 * size, 0, dtype=jnp.dtype(dtype))
+    pool = functools.partial(jax_mps.l2_pool, window_shape=2, strides=2, implementation=implementation)
+    y, vjp = jax.vjp(pool, x)
+    expected = oracle.l2_pool(x, (2,), strides=2)
+    np.testing.assert_allclose(
+        np.asarray(y, np.float64).ravel(), expected.ravel(), rtol=oracle.tolerance(dtype, 2)
+    )
+    ones = np.ones(y.shape, x.dtype)
+    expected = oracle.l2_pool_gradient(ones, x, (2,), strides=2)
+    for dx in (vjp(ones)[0], jax_mps.l2_pool_gradient(ones, x, 2, strides=2, implementation=implementation)):
+        np.testing.assert_allclose(
+            np.asarray(dx, np.float64).ravel(), expected.ravel(), rtol=oracle.tolerance(dtype, 2)
+        )
+    _, tangent = jax.jvp(pool, (x,), (np.ones_like(x),))
+    np.testing.assert_allclose(
+        np.asarray(tangent, np.float64).ravel(), [-0.2, 1.4, 0, 1], rtol=8 * oracle.tolerance(dtype, 2)
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(
+    "exponents", [(0, 19), (-30, 0), (-30, 30), (-21, -19), (17, 20), (-12, -13), (8, 9)], ids=str
+)
+def test_l2_of_mixed_sizes(exponents, dtype, implementation, x64):
+    """One window holds numbers of very different sizes, on either side of any threshold for scaling."""
+    rng = np.random.default_rng(0)
+    power = rng.uniform(*sorted(exponents), size=(2, 9, 9, 4)) * (6 if dtype == "float64" else 1)
+    x = (rng.choice([-1, 1], size=power.shape) * 10.0**power).astype(dtype)
+    y = jax_mps.l2_pool(x, 3, strides=2, padding=1, implementation=implementation)
+    expected = oracle.l2_pool(x, (3, 3), strides=2, padding=1)
+    np.testing.assert_allclose(y, expected, rtol=oracle.tolerance(dtype, 9))
+
+
+def test_l2_of_infinity_and_nan(implementation):
+    x = row(inf, 1, -inf, inf, nan, 1, 1, 1)
+    y = jax_mps.l2_pool(x, 2, strides=2, implementation=implementation)
+    np.testing.assert_allclose(y.ravel(), [inf, inf, nan, 2**0.5], rtol=1e-6)
+
+
+def test_l2_gradient_beyond_the_range_of_its_quotient(implementation):
+    """Gradient over norm overflows before the pixel makes it small again."""
+    x, g = row(3e-30, 4e-30), row(1e10)
+    dx = jax_mps.l2_pool_gradient(g, x, 2, strides=2, implementation=implementation)
+    np.testing.assert_allclose(dx.ravel(), [6e9, 8e9], rtol=1e-6)
+
+
+# --- sums in half precision ---------------------------------------------------------------------------
+
+HALVES = ("float16", "bfloat16")
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_the_mean_of_many_ones_is_one(dtype, implementation):
+    ones = jnp.ones((1, 1024, 1), dtype)
+    y, vjp = jax.vjp(lambda x: jax_mps.avg_pool(x, 1024, strides=1, implementation=implementation), ones)
+    assert y.item() == 1
+    np.testing.assert_array_equal(vjp(y)[0].astype(np.float32), np.full((1, 1024, 1), 2.0**-10))
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_the_gradient_of_many_overlapping_means_is_one(dtype, implementation):
+    """Each inner pixel lies in 1024 windows and takes 1/1024 from each."""
+    shape = (1, 70, 70, 2)
+    g = jnp.ones((1, 39, 39, 2), dtype)
+    for dx in (
+        jax_mps.avg_pool_gradient(g, shape, 32, strides=1, implementation=implementation),
+        jax.vjp(
+            lambda x: jax_mps.avg_pool(x, 32, strides=1, implementation=implementation),
+            jnp.ones(shape, dtype),
+        )[1](g)[0],
+    ):
+        assert dx.dtype == dtype
+        np.testing.assert_array_equal(dx[:, 31:39, 31:39].astype(np.float32), np.ones((1, 8, 8, 2)))
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("stride", [1, 3, 64])
+def test_wide_windows(stride, dtype, implementation):
+    x = oracle.normal((1, 80, 70, 2), jnp.dtype(dtype)) + jnp.asarray(1, dtype)
+    x = np.asarray(x)
+    y = jax_mps.avg_pool(x, 64, strides=stride, implementation=implementation)
+    views = np.lib.stride_tricks.sliding_window_view(x.astype(np.float64), (64, 64), axis=(1, 2))
+    oracle.assert_close(y, views[:, ::stride, ::stride].mean(axis=(-2, -1)), length=64 * 64)
+    z = jax_mps.l2_pool(x, 64, strides=stride, implementation=implementation)
+    expected = np.sqrt((views[:, ::stride, ::stride] ** 2).sum(axis=(-2, -1)))
+    oracle.assert_close(z, expected, length=64 * 64)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_the_gradient_of_many_overlapping_maxima(dtype, implementation):
+    """512 windows choose the same pixel; the sum of their gradients is rounded once."""
+    x = np.zeros((1, 1023, 1), jnp.dtype(dtype))
+    x[0, 511] = 1
+    g = np.full((1, 512, 1), 1.0 + 2.0**-7, x.dtype)
+    dx = jax_mps.max_pool_gradient(g, x, 512, strides=1, implementation=implementation)
+    np.testing.assert_array_equal(np.flatnonzero(dx), [511])
+    assert float(dx[0, 511, 0]) == 516
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_sums_that_overflow_half_precision(dtype, implementation):
+    x = np.full((1, 64, 1), 6e4 if dtype == "float16" else 3e38, jnp.dtype(dtype))
+    y = jax_mps.avg_pool(x[:, :4] / x.dtype.type(4), 4, strides=4, implementation=implementation)
+    oracle.assert_close(y, x[:, :1].astype(np.float64) / 4)
+    if dtype == "float16":
+        y = jax_mps.avg_pool(x, 64, strides=64, implementation=implementation)
+        oracle.assert_close(y, x[:, :1])
+
+
+def test_long_sums_in_float32(implementation):
+    """2**20 terms that differ by much; the reference is float64."""
+    x = np.abs(oracle.normal((1, 2**20, 1))) ** 8
+    y = jax_mps.avg_pool(x, 2**20, strides=1, implementation=implementation)
+    np.testing.assert_allclose(y.item(), x.astype(np.float64).mean(), rtol=oracle.tolerance("float32", 2**20))
+
+
+def test_divisors_beyond_the_exact_integers_of_half_precision(implementation):
+    """4099 taps are no float16 number; the divisor must not be rounded to one."""
+    x = np.full((1, 4099, 1), 1000.0, np.float16)
+    y = jax_mps.avg_pool(
+        x, 4099, strides=1, padding=0, count_include_pad=False, implementation=implementation
+    )
+    assert y.item() == 1000
+    y = jax_mps.avg_pool(x, 4099, strides=1, divisor_override=4099 * 2, implementation=implementation)
+    assert y.item() == 500
