@@ -158,8 +158,8 @@ BAD_TYPES = {
     "float padding": ({"padding": 1.0}, r"padding must be an int .*1\.0"),
     "float in padding": ({"padding": ((0, 0), (0.5, 0))}, r"padding must be an int .*0\.5"),
     "no padding": ({"padding": None}, r"padding must be an int .*None"),
-    "int ceil_mode": ({"ceil_mode": 1}, r"ceil_mode must be a bool, got 1"),
-    "string ceil_mode": ({"ceil_mode": "yes"}, r"ceil_mode must be a bool, got 'yes'"),
+    "int ceil_mode": ({"ceil_mode": 1}, r"ceil_mode must be a bool, got .*1"),
+    "string ceil_mode": ({"ceil_mode": "yes"}, r"ceil_mode must be a bool, got .*'yes'"),
 }
 
 
@@ -257,8 +257,8 @@ def test_average_options(function):
     refuse(call, TypeError, r"divisor_override must be an int .*1\.5", divisor_override=1.5)
     refuse(call, TypeError, r"divisor_override must be an int .*True", divisor_override=True)
     refuse(call, TypeError, r"divisor_override must be an int .*'2'", divisor_override="2")
-    refuse(call, TypeError, "count_include_pad must be a bool, got 1", count_include_pad=1)
-    refuse(call, TypeError, "count_include_pad must be a bool, got None", count_include_pad=None)
+    refuse(call, TypeError, "count_include_pad must be a bool, got .*1", count_include_pad=1)
+    refuse(call, TypeError, "count_include_pad must be a bool, got .*None", count_include_pad=None)
     with pytest.raises(TypeError, match="divisor_override must be an int known at trace time"):
         jax.jit(lambda n: call(X, **LAST, divisor_override=n))(2)
 
