@@ -92,6 +92,8 @@ def retyped(aval: Any, shape: tuple[Any, ...], dtype: Any) -> Any:
 
     On an explicit mesh an axis whose new length the mesh does not divide is no longer sharded.
     """
+    if type(aval).__name__ == "ConcreteArray":  # eager linearisation before JAX 0.4.36
+        aval = jax.core.raise_to_shaped(aval)
     changes: dict[str, Any] = {"shape": shape, "dtype": dtype, "weak_type": False}
     sharding = getattr(aval, "sharding", None)
     if sharding is not None and not sharding.mesh.empty and any(sharding.spec):

@@ -355,7 +355,7 @@ def integer(name: str, value: Any) -> int:
 def flag(name: str, value: Any) -> None:
     """Refuses anything but a static bool."""
     if not isinstance(value, bool | np.bool_):
-        raise TypeError(f"{name} must be a bool, got {_describe(value)}")
+        raise TypeError(f"{name} must be a bool, got {value!r}")
 
 
 def shape(name: str, value: Any) -> tuple[Dim, ...]:
