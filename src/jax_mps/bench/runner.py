@@ -21,7 +21,7 @@ _WARM_UP_CALLS = 2
 _TURN_SECONDS = 2e-3
 _MOST_CALLS_A_TURN = 50
 _FEWEST_ROUNDS = 3
-_SETTLE_SECONDS = 0.01
+_SETTLE_SECONDS = 0.05
 
 
 class Disagreement(AssertionError):
@@ -138,11 +138,14 @@ def measure(
     samples: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds):
         for name, contender in contenders.items():
-            # The threads of GNU OpenMP, which PyTorch uses, go on spinning for some milliseconds after
-            # their work; until then the next in turn has one core less.
-            time.sleep(_SETTLE_SECONDS)
-            # Untimed: brings the operands back into the caches and wakes the threads that slept.
-            contender.wait(contender.call())
+            # Untimed: brings the operands back into the caches, wakes the threads that slept, and
+            # waits out those of GNU OpenMP, which PyTorch uses and which spin for tens of milliseconds
+            # after their work: until then the next in turn has one core less.
+            settled = time.perf_counter() + _SETTLE_SECONDS
+            while True:
+                contender.wait(contender.call())
+                if time.perf_counter() >= settled:
+                    break
             samples[name].append(1e3 * _turn(contender, calls=calls[name], queued=queued))
     return {name: _summary(s) for name, s in samples.items()}
 
