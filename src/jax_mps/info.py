@@ -86,8 +86,8 @@ def _paths(native: bool) -> dict[str, str]:
         "cpu, sharded automatically": "StableHLO, which XLA partitions",
         "cpu, exported or symbolic shapes": "StableHLO",
         "cuda": "StableHLO",
-        "METAL (jax-metal)": "StableHLO, operations that Apple's plugin has",
-        "mps (jax-mps)": "StableHLO, operations that the plugin has",
+        "METAL (jax-metal)": "StableHLO; never run on Apple hardware by us",
+        "mps (jax-mps)": "StableHLO; never run on Apple hardware by us",
         "any other": "StableHLO",
     }
 
