@@ -11,7 +11,7 @@ import platform
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -42,14 +42,25 @@ def start(code: str, **environment: str) -> subprocess.Popen:
 
 def finish(process: subprocess.Popen, timeout: float = 240) -> str:
     """What the process printed; it fails the test if it crashes or does not come to an end."""
-    try:
-        output, errors = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        output, errors = process.communicate()
-        pytest.fail(f"no end after {timeout} s\n{output}\n{errors}")
-    assert process.returncode == 0, f"exit status {process.returncode}\n{output}\n{errors}"
-    return output
+    return finish_all([process], timeout)[0]
+
+
+def finish_all(processes: Sequence[subprocess.Popen], timeout: float = 240) -> list[str]:
+    """The same of several, none of which is left behind where another fails."""
+    outputs, complaints = [], []
+    for process in processes:
+        try:
+            output, errors = process.communicate(timeout=timeout)
+            complaint = f"exit status {process.returncode}" if process.returncode else ""
+        except subprocess.TimeoutExpired:
+            process.kill()
+            output, errors = process.communicate()
+            complaint = f"no end after {timeout} s"
+        outputs.append(output)
+        if complaint:
+            complaints.append(f"{complaint}\n{output}\n{errors}")
+    assert not complaints, "\n".join(complaints)
+    return outputs
 
 
 # --- the same results everywhere ----------------------------------------------------------------------
@@ -140,8 +151,7 @@ def test_results_do_not_depend_on_the_number_of_threads(tmp_path):
     counts = ("1", "2", "8")
     paths = [str(tmp_path / f"{n}.npz") for n in counts]
     running = [start(SAVE_RESULTS.format(path=path), NPROC=n) for n, path in zip(counts, paths, strict=True)]
-    for n, process in zip(counts, running, strict=True):
-        assert finish(process).split()[1] == n
+    assert [output.split()[1] for output in finish_all(running)] == list(counts)
     first, *others = map(read, paths)
     assert len(first) > 200
     for other in others:
@@ -160,7 +170,7 @@ def test_results_do_not_depend_on_the_instruction_set(tmp_path):
         start(SAVE_RESULTS.format(path=path), JAX_MPS_INSTRUCTION_SET=name)
         for name, path in zip(sets, paths, strict=True)
     ]
-    chosen = [finish(process).split()[0] for process in running]
+    chosen = [output.split()[0] for output in finish_all(running)]
     assert chosen[0] == sets[0]
     # A processor without the newest one uses the next.
     assert chosen == sorted(chosen)
@@ -198,8 +208,8 @@ def test_every_byte_of_every_result_is_written(tmp_path):
         start(POISONED + SAVE_RESULTS.format(path=path), MALLOC_PERTURB_=byte, NPROC="2")
         for byte, path in zip(("1", "254"), paths, strict=True)
     ]
-    for process in running:
-        assert finish(process).split()[0] == "True", "this allocator does not fill memory"
+    for output in finish_all(running):
+        assert output.split()[0] == "True", "this allocator does not fill memory"
     one, two = map(read, paths)
     for name, array in one.items():
         assert array.tobytes() == two[name].tobytes(), name
