@@ -1,7 +1,12 @@
-"""Pooling for JAX with the exact meaning of Apple's MPS CNN kernels."""
+"""Pooling and transposed convolution for JAX with the exact meaning of Apple's MPS CNN kernels."""
 
 from jax_mps._version import __version__
 from jax_mps.avg_pool import avg_pool, avg_pool_gradient
+from jax_mps.conv_transpose import (
+    conv_transpose,
+    conv_transpose_gradient_data,
+    conv_transpose_gradient_weights,
+)
 from jax_mps.l2_pool import l2_pool, l2_pool_gradient
 from jax_mps.lowering.ffi import native_available
 from jax_mps.max_pool import max_pool, max_pool_gradient, max_unpool
@@ -10,6 +15,9 @@ __all__ = [
     "__version__",
     "avg_pool",
     "avg_pool_gradient",
+    "conv_transpose",
+    "conv_transpose_gradient_data",
+    "conv_transpose_gradient_weights",
     "l2_pool",
     "l2_pool_gradient",
     "max_pool",

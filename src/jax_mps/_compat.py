@@ -87,21 +87,29 @@ def _varying(array: Any) -> frozenset[str]:
 # --- types --------------------------------------------------------------------------------------------
 
 
-def retyped(aval: Any, shape: tuple[Any, ...], dtype: Any) -> Any:
+def retyped(aval: Any, shape: tuple[Any, ...], dtype: Any, origin: Sequence[int | None] | None = None) -> Any:
     """The type `aval` with another shape and dtype; its sharding and what it varies over stay.
 
     On an explicit mesh an axis whose new length the mesh does not divide is no longer sharded.
+
+    Args:
+      aval: the type to start from.
+      shape: the new shape.
+      dtype: the new dtype.
+      origin: for each new axis the axis of `aval` whose sharding it takes, or None for no sharding; each
+        its own if left out.
     """
     if type(aval).__name__ == "ConcreteArray":  # eager linearisation before JAX 0.4.36
         aval = jax.core.raise_to_shaped(aval)
     changes: dict[str, Any] = {"shape": shape, "dtype": dtype, "weak_type": False}
     sharding = getattr(aval, "sharding", None)
-    if sharding is not None and not sharding.mesh.empty and any(sharding.spec):
+    if sharding is not None and not sharding.mesh.empty and (origin is not None or any(sharding.spec)):
+        old = sharding.spec if origin is None else [None if i is None else sharding.spec[i] for i in origin]
         spec = [
             names
             if names is None or n % math.prod(sharding.mesh.shape[a] for a in _names(names)) == 0
             else None
-            for n, names in zip(shape, sharding.spec, strict=True)
+            for n, names in zip(shape, old, strict=True)
         ]
         changes["sharding"] = sharding.update(spec=jax.sharding.PartitionSpec(*spec))
     return aval.update(**changes)

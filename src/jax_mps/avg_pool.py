@@ -16,7 +16,7 @@ from jax.typing import ArrayLike
 
 from jax_mps import geometry, lowering, windowed
 from jax_mps.geometry import DataFormat, Divisor, Ints, Padding, Window, place
-from jax_mps.lowering import xla
+from jax_mps.lowering import pooling
 from jax_mps.windowed import FLOATS
 
 Array = Any
@@ -214,13 +214,13 @@ def _native(name: str) -> Any:
 avg_pool_p = windowed.define(
     "avg_pool",
     lambda x, *, window, start, divisor, implementation: windowed.image_to_pooled(x, window, start),
-    xla_fun=xla.avg_pool,
+    xla_fun=pooling.avg_pool,
     native=_native("avg_pool"),
 )
 avg_spread_p = windowed.define(
     "avg_spread",
     lambda g, *, window, start, divisor, implementation: windowed.pooled_to_image(g, window, start),
-    xla_fun=xla.avg_spread,
+    xla_fun=pooling.avg_spread,
     native=_native("avg_pool_spread"),
 )
 windowed.define_multilinear(avg_pool_p, {0: lambda ct, _, **params: avg_spread_p.bind(ct, **params)})

@@ -8,8 +8,12 @@ separable. Window `i` of an axis has the taps
 and a tap outside `0 <= t < size` lies in the padding. Sizes and paddings may be symbolic dimensions
 (`jax.export`); kernels, strides and dilations are always plain integers.
 
-Apple's kernels describe the same windows by the *centre* of the first one (`offset`). The two
-conversions are `Axis.from_offset` and `Axis.offset`.
+A transposed convolution has the same windows, of the ordinary convolution that it transposes: its operand
+holds one pixel a window, its result is the image.
+
+Apple's pooling kernels describe the same windows by the *centre* of the first one (`offset`), and its
+transposed convolution by a total offset in the image with zeros between its pixels. The conversions are
+`Axis.from_offset`, `Axis.offset`, `Axis.from_total_offset` and `Axis.total_offset`.
 """
 
 from __future__ import annotations
@@ -75,6 +79,23 @@ class Axis:
         """The axis of an MPS kernel, whose first window is centred at the pixel `offset`."""
         extent = (kernel - 1) * dilation + 1
         return cls(size, kernel, stride, dilation, extent // 2 - offset, out)
+
+    @property
+    def total_offset(self) -> Dim:
+        """Apple's total offset of a transposed convolution, `offset * stride + kernel_offset`."""
+        return self.lo + self.extent // 2 - (self.extent - 1)
+
+    @classmethod
+    def from_total_offset(
+        cls, length: Dim, kernel: int, stride: int, dilation: int, total: int, size: int
+    ) -> Axis:
+        """The axis of an MPS transposed convolution of `length` pixels to `size` pixels.
+
+        Its kernel is centred, for pixel 0 of the result, at the pixel `total` of the source with
+        `stride - 1` zeros between its pixels.
+        """
+        extent = (kernel - 1) * dilation + 1
+        return cls(size, kernel, stride, dilation, total - extent // 2 + extent - 1, length)
 
     def select(self, first: int, count: int) -> Axis:
         """Only the windows `first .. first + count - 1`."""
@@ -255,6 +276,100 @@ def _place(
 _place_static = functools.lru_cache(maxsize=1024)(_place)
 
 
+class TransposedPlacement(NamedTuple):
+    """A transposed convolution in integers: its windows, and where the spatial axes start."""
+
+    window: Window
+    start: int
+
+
+def place_transposed(
+    shape: Sequence[Dim],
+    kernel: tuple[int, ...],
+    strides: Ints,
+    padding: Padding,
+    output_padding: Ints,
+    kernel_dilation: Ints,
+    data_format: str,
+) -> TransposedPlacement:
+    """Checks the arguments of a transposed convolution of an array of `shape` and places its windows.
+
+    `padding` is that of the ordinary convolution, of the result to the operand. Of the sizes that this
+    convolution takes to the operand's, the result has the least plus `output_padding`, or with "SAME" the
+    greatest, `length * stride`.
+    """
+    arguments = (
+        kernel,
+        _freeze("strides", strides),
+        _freeze_padding(padding),
+        _freeze("output_padding", output_padding),
+        _freeze("kernel_dilation", kernel_dilation),
+        data_format,
+    )
+    if all(isinstance(d, int) for d in shape):
+        return _place_transposed_static(tuple(shape), *arguments)
+    return _place_transposed(tuple(shape), *arguments)
+
+
+def _place_transposed(
+    shape: tuple[Dim, ...],
+    kernel: tuple[int, ...],
+    strides: int | tuple[int, ...],
+    padding: str | int | tuple[tuple[int, int], ...],
+    output_padding: int | tuple[int, ...],
+    kernel_dilation: int | tuple[int, ...],
+    data_format: str,
+) -> TransposedPlacement:
+    rank = len(kernel)
+    _per_axis("kernel", kernel, rank)
+    stride = _per_axis("strides", strides, rank)
+    dilation = _per_axis("kernel_dilation", kernel_dilation, rank)
+    more = _per_axis("output_padding", output_padding, rank, least=0)
+    if len(shape) < rank + 1:
+        raise ValueError(
+            f"a kernel with {rank} spatial axes needs an array with as many and a channel axis, "
+            f"got one of shape {shape}"
+        )
+    start = spatial_start(len(shape), rank, data_format)
+    lengths = shape[start : start + rank]
+    if any(surely_below(n, 1) for n in lengths):
+        raise ValueError(f"every spatial axis needs at least one pixel, got sizes {tuple(lengths)}")
+    name = padding.upper() if isinstance(padding, str) else ""
+    if name == "SAME" and any(more):
+        raise ValueError(
+            f"output_padding must be 0 with padding='SAME', which already fixes the output size, "
+            f"got {output_padding}"
+        )
+    for i, (op, s, d) in enumerate(zip(more, stride, dilation, strict=True)):
+        if op >= max(s, d):
+            raise ValueError(
+                f"output_padding must be 0 to {max(s, d) - 1} on spatial axis {i}, below the greater of "
+                f"strides ({s}) and kernel_dilation ({d}), got {op}"
+            )
+    if name == "SAME":
+        full = [n * s for n, s in zip(lengths, stride, strict=True)]
+        pads = _pads(padding, full, kernel, stride, dilation, False)
+    else:
+        pads = _pads(padding, lengths, kernel, stride, dilation, False)
+    axes = []
+    for i, (n, k, s, d, (lo, hi), op) in enumerate(
+        zip(lengths, kernel, stride, dilation, pads, more, strict=True)
+    ):
+        extent = (k - 1) * d + 1
+        size = n * s if name == "SAME" else (n - 1) * s + extent - lo - hi + op
+        if surely_below(size, 1):
+            raise ValueError(
+                f"padding={(lo, hi)} of spatial axis {i} leaves nothing of the {(n - 1) * s + extent + op} "
+                f"pixels that {n} windows of {extent} pixels reach with strides {s} and output_padding "
+                f"{op}: the output size would be below 1"
+            )
+        axes.append(Axis(size, k, s, d, lo, n))
+    return TransposedPlacement(Window(tuple(axes)), start)
+
+
+_place_transposed_static = functools.lru_cache(maxsize=1024)(_place_transposed)
+
+
 def divisor(
     placement: Placement, *, count_include_pad: bool, ceil_mode: bool, override: int | None
 ) -> Divisor:
@@ -398,11 +513,13 @@ def _freeze_padding(padding: Any) -> str | int | tuple[tuple[int, int], ...]:
     return tuple(pairs)
 
 
-def _per_axis(name: str, value: int | tuple[int, ...], rank: int) -> tuple[int, ...]:
+def _per_axis(name: str, value: int | tuple[int, ...], rank: int, *, least: int = 1) -> tuple[int, ...]:
     values = (value,) * rank if isinstance(value, int) else value
+    if len(values) != rank:
+        raise ValueError(f"{name} must have one entry for each of the {rank} spatial axes, got {value}")
     for v in values:
-        if v < 1:
-            raise ValueError(f"{name} must be at least 1 on every axis, got {value}")
+        if v < least:
+            raise ValueError(f"{name} must be at least {least} on every axis, got {value}")
     return values
 
 

@@ -23,7 +23,7 @@ from jax.typing import ArrayLike
 
 from jax_mps import _compat, geometry, lowering, windowed
 from jax_mps.geometry import DataFormat, Edge, Ints, Padding, Window, place
-from jax_mps.lowering import xla
+from jax_mps.lowering import pooling
 from jax_mps.windowed import FLOATS
 
 Array = Any
@@ -171,7 +171,7 @@ def gradient(
     edge = _edge(window, edge)
     image, inside = windowed.enclose(x, window, start, edge)
     params = {"window": inside, "start": start, "implementation": implementation}
-    accumulator = xla.accumulator(x.dtype)
+    accumulator = lowering.accumulator(x.dtype)
     y = l2_pool_p.bind(image, out_dtype=accumulator, **params)
     dx = _gradient(lax.convert_element_type(g, accumulator), image, y, **params)
     return windowed.expose(dx, x, window, start, edge)
@@ -195,19 +195,19 @@ l2_pool_p = windowed.define(
     lambda x, *, window, start, out_dtype, implementation: windowed.image_to_pooled(
         x, window, start, out_dtype
     ),
-    xla_fun=xla.l2_pool,
+    xla_fun=pooling.l2_pool,
     native=_native("l2_pool"),
 )
 l2_tangent_p = windowed.define(
     "l2_tangent",
     lambda t, x, y, *, window, start, implementation: windowed.image_to_pooled(t, window, start, y.dtype),
-    xla_fun=xla.l2_tangent,
+    xla_fun=pooling.l2_tangent,
     native=_native("l2_pool_tangent"),
 )
 l2_gradient_p = windowed.define(
     "l2_gradient",
     lambda g, x, y, *, window, start, implementation: windowed.pooled_to_image(g, window, start, x.dtype),
-    xla_fun=xla.l2_gradient,
+    xla_fun=pooling.l2_gradient,
     native=_native("l2_pool_gradient"),
 )
 
@@ -224,7 +224,7 @@ def _l2_jvp(
     primals: Sequence[Array], tangents: Sequence[Array], *, out_dtype: Any, **params: Any
 ) -> tuple[Array, Array]:
     (x,), (t,) = primals, tangents
-    y = l2_pool_p.bind(x, out_dtype=xla.accumulator(x.dtype), **params)
+    y = l2_pool_p.bind(x, out_dtype=lowering.accumulator(x.dtype), **params)
     out = _tangent(t, x, y, **params)
     return lax.convert_element_type(y, out_dtype), lax.convert_element_type(out, out_dtype)
 

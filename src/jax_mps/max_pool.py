@@ -32,7 +32,7 @@ from jax_mps.geometry import (
     place,
     spatial_start,
 )
-from jax_mps.lowering import xla
+from jax_mps.lowering import pooling
 from jax_mps.windowed import FLOATS, INTEGERS
 
 Array = Any
@@ -333,13 +333,13 @@ def _tap_aval(x: Any, window: Window, start: int) -> Any:
 max_pool_p = windowed.define(
     "max_pool",
     lambda x, *, window, start, implementation: windowed.image_to_pooled(x, window, start),
-    xla_fun=xla.max_pool,
+    xla_fun=pooling.max_pool,
     native=_native("max_pool"),
 )
 max_pool_index_p = windowed.define(
     "max_pool_index",
     lambda x, *, window, start, implementation: _tap_aval(x, window, start),
-    xla_fun=xla.max_pool_index,
+    xla_fun=pooling.max_pool_index,
     native=_native("max_pool_index"),
 )
 max_pool_with_index_p = windowed.define(
@@ -348,20 +348,20 @@ max_pool_with_index_p = windowed.define(
         windowed.image_to_pooled(x, window, start),
         _tap_aval(x, window, start),
     ],
-    xla_fun=xla.max_pool_with_index,
+    xla_fun=pooling.max_pool_with_index,
     native=_native("max_pool_with_index"),
     multiple_results=True,
 )
 max_pool_take_p = windowed.define(
     "max_pool_take",
     lambda t, tap, *, window, start, implementation: windowed.image_to_pooled(t, window, start),
-    xla_fun=xla.max_pool_take,
+    xla_fun=pooling.max_pool_take,
     native=_native("max_pool_take"),
 )
 max_pool_put_p = windowed.define(
     "max_pool_put",
     lambda g, tap, *, window, start, implementation: windowed.pooled_to_image(g, window, start),
-    xla_fun=xla.max_pool_put,
+    xla_fun=pooling.max_pool_put,
     native=_native("max_pool_put"),
 )
 
@@ -409,13 +409,15 @@ def _plane_native(name: str) -> Any:
 max_unpool_p = windowed.define(
     "max_unpool",
     lambda y, indices, *, sizes, source, start, implementation: windowed.resized(y, start, source, sizes),
-    xla_fun=lambda y, indices, *, sizes, source, start: xla.max_unpool(y, indices, sizes=sizes, start=start),
+    xla_fun=lambda y, indices, *, sizes, source, start: pooling.max_unpool(
+        y, indices, sizes=sizes, start=start
+    ),
     native=_plane_native("max_unpool"),
 )
 max_unpool_take_p = windowed.define(
     "max_unpool_take",
     lambda c, indices, *, sizes, source, start, implementation: windowed.resized(c, start, sizes, source),
-    xla_fun=lambda c, indices, *, sizes, source, start: xla.max_unpool_take(
+    xla_fun=lambda c, indices, *, sizes, source, start: pooling.max_unpool_take(
         c, indices, sizes=sizes, start=start
     ),
     native=_plane_native("max_unpool_take"),

@@ -35,6 +35,8 @@ def define(
     xla_fun: Callable[..., Any],
     native: Callable[..., tuple[str, Params]],
     multiple_results: bool = False,
+    by_platform: bool = False,
+    batch: Callable[..., tuple[Any, Any]] | None = None,
 ) -> Any:
     """A primitive with everything but its derivative rules.
 
@@ -44,13 +46,16 @@ def define(
       xla_fun: the StableHLO lowering, see `lowering.register`.
       native: the FFI lowering, see `lowering.register`.
       multiple_results: whether `abstract` gives a list.
+      by_platform: see `lowering.register`.
+      batch: the rule of `vmap`, a function of (primitive, operands, dimensions, **params); by default the
+        one for operands that all look like `(outer..., spatial..., inner...)`.
     """
     primitive = _compat.Primitive(name)
     primitive.multiple_results = multiple_results
     primitive.def_impl(functools.partial(xla.apply_primitive, primitive))
     primitive.def_abstract_eval(abstract)
-    batching.primitive_batchers[primitive] = functools.partial(_batch, primitive)
-    lowering.register(primitive, xla=xla_fun, native=native)
+    batching.primitive_batchers[primitive] = functools.partial(batch or _batch, primitive)
+    lowering.register(primitive, xla=xla_fun, native=native, by_platform=by_platform)
     return primitive
 
 

@@ -6,22 +6,46 @@
 | cpu otherwise: several devices under automatic or explicit sharding, export, symbolic shapes | StableHLO |
 | every other platform, Apple's included | StableHLO |
 
-The StableHLO of every primitive is written in `xla.py` with `jax.lax` alone, from operations that every
-platform has. Nothing is registered under a third party's platform name: JAX raises for a platform whose
-plugin is absent, so the default rule serves them all.
+The StableHLO is written with `jax.lax` alone: `pooling.py`, the same for every platform, and
+`conv_transpose.py`, which has several forms and a table that says which serves where. Nothing is
+registered under a third party's platform name: JAX raises for a platform whose plugin is absent, so the
+default rule serves them all.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 from jax.interpreters import mlir
 
 from jax_mps import _compat
 from jax_mps.lowering import ffi
 
 IMPLEMENTATIONS = (None, "native", "xla")
+
+Platform = Literal["cpu", "cuda", "apple", "any"]
+"""What StableHLO can be shaped for; "any" has to suit every platform."""
+
+_PLATFORMS: dict[Platform, frozenset[str]] = {
+    "cpu": frozenset({"cpu"}),
+    "cuda": frozenset({"cuda"}),
+    "apple": frozenset({"METAL", "mps"}),
+}
+
+
+def accumulator(dtype: Any) -> np.dtype[Any]:
+    """The type that sums are formed in: float32, or float64 for float64."""
+    return np.dtype(np.float64 if dtype == np.float64 else np.float32)
+
+
+def platform_of(ctx: Any) -> Platform:
+    """What the code of this lowering is to be shaped for."""
+    names = frozenset(_compat.platforms(ctx))
+    if names & _PLATFORMS["apple"]:  # they can run less than others, so they decide for all
+        return "apple"
+    return next((platform for platform, known in _PLATFORMS.items() if names <= known), "any")
 
 
 def check_implementation(implementation: Any, *, static: bool) -> None:
@@ -40,6 +64,7 @@ def register(
     *,
     xla: Callable[..., Any],
     native: Callable[..., tuple[str, dict[str, Any]]],
+    by_platform: bool = False,
 ) -> None:
     """Registers both lowerings of a primitive.
 
@@ -47,8 +72,14 @@ def register(
       primitive: its parameters include `implementation`, which this module alone reads.
       xla: the function of the operands and the other parameters to trace into StableHLO.
       native: gives the handler's name and its attributes for the other parameters.
+      by_platform: whether `xla` also takes `platform`, one of `Platform`.
     """
-    to_stablehlo = _compat.lower_plainly(xla)
+    plainly = _compat.lower_plainly(xla)
+
+    def to_stablehlo(ctx: Any, *operands: Any, **params: Any) -> Any:
+        if by_platform:
+            params["platform"] = platform_of(ctx)
+        return plainly(ctx, *operands, **params)
 
     def portable(ctx: Any, *operands: Any, implementation: str | None, **params: Any) -> Any:
         if implementation == "native":

@@ -1,4 +1,4 @@
-"""The StableHLO of every primitive, from operations that every platform has.
+"""The StableHLO of every pooling primitive, from operations that every platform has.
 
 No `reduce_window`, `select_and_scatter`, gather, scatter, reverse or interior padding: they are slow,
 wrong or missing somewhere. What is left are slices, edge pads, reshapes, selects and elementwise
@@ -29,6 +29,20 @@ import numpy as np
 from jax import lax
 
 from jax_mps.geometry import Axis, Band, Dim, Divisor, Window, surely_below
+from jax_mps.lowering import accumulator
+from jax_mps.lowering.axes import (
+    cover,
+    cut,
+    disjoint,
+    neighbours,
+    nth_before,
+    repeat,
+    resize,
+    split_windows,
+    tap_of,
+    unblock,
+    uncover,
+)
 
 Array = Any
 State = tuple[Array, ...]
@@ -43,73 +57,8 @@ _WINDOWS = 9
 """Windows that reach a pixel, up to which each is compared, whatever axis it is on."""
 
 
-# --- one axis: growing, cutting, combining ------------------------------------------------------------
-
-
-def accumulator(dtype: Any) -> np.dtype[Any]:
-    """The type that sums are formed in: float32, or float64 for float64."""
-    return np.dtype(np.float64 if dtype == np.float64 else np.float32)
-
-
-def _resize(x: Array, dim: int, before: Dim, after: Dim, fill: Any) -> Array:
-    """Adds that many elements of `fill` at the ends of an axis; cuts elements off where negative."""
-    length = x.shape[dim]
-    if all(isinstance(n, int) for n in (length, before, after)):
-        # The part of x that stays, which may be nothing.
-        first = min(max(-before, 0), length)
-        limit = max(min(length + after, length), first)
-        if (first, limit) != (0, length):
-            x = _cut(x, dim, first, limit)
-            before, after = before + first, after + length - limit
-            before, after = (before, after) if limit > first else (before + after, 0)
-        if before == after == 0:
-            return x
-    config = [(0, 0, 0)] * x.ndim
-    config[dim] = (before, after, 0)
-    return lax.pad(x, _scalar(fill, x.dtype), config)
-
-
-def _cut(x: Array, dim: int, first: Dim, limit: Dim, stride: int = 1) -> Array:
-    starts, limits, strides = [0] * x.ndim, list(x.shape), [1] * x.ndim
-    starts[dim], limits[dim], strides[dim] = first, limit, stride
-    return lax.slice(x, starts, limits, strides)
-
-
 def _scalar(value: Any, dtype: Any) -> Array:
     return np.array(value, dtype)
-
-
-def _cover(x: Array, axis: Axis, dim: int, fill: Any) -> Array:
-    """The pixels from the first to the last tap of all windows."""
-    return _resize(x, dim, axis.lo, axis.hi, fill)
-
-
-def _uncover(x: Array, axis: Axis, dim: int, fill: Any) -> Array:
-    """From an array that begins with the first tap to the pixels of the image."""
-    return _resize(x, dim, -axis.lo, axis.size + axis.lo - x.shape[dim], fill)
-
-
-def _tap(x: Array, axis: Axis, dim: int, k: int) -> Array:
-    """Tap `k` of every window of a covered array."""
-    first = k * axis.dilation
-    return _cut(x, dim, first, first + (axis.out - 1) * axis.stride + 1, axis.stride)
-
-
-def _blocks(x: Array, axis: Axis, dim: int, fill: Any) -> Array:
-    """Windows that do not touch, as the rows of a new axis behind `dim`."""
-    x = _resize(x, dim, axis.lo, axis.out * axis.stride - axis.lo - axis.size, fill)
-    x = lax.reshape(x, (*x.shape[:dim], axis.out, axis.stride, *x.shape[dim + 1 :]))
-    return _cut(x, dim + 1, 0, axis.kernel)
-
-
-def _unblock(x: Array, axis: Axis, dim: int) -> Array:
-    """The inverse of splitting an axis into (blocks, phases); then cut or grown to the image."""
-    x = lax.reshape(x, (*x.shape[:dim], x.shape[dim] * x.shape[dim + 1], *x.shape[dim + 2 :]))
-    return _uncover(x, axis, dim, 0)
-
-
-def _disjoint(axis: Axis) -> bool:
-    return axis.dilation == 1 and axis.stride >= axis.kernel
 
 
 def _fold(
@@ -134,14 +83,16 @@ def _fold(
       reduce: the same over a whole axis, if one operation does it.
       idempotent: whether a tap may be combined twice.
     """
-    if reduce is not None and _disjoint(axis) and axis.kernel > 1:
-        return tuple(reduce(_blocks(x, axis, dim, f), dim + 1) for x, f in zip(state, fill, strict=True))
+    if reduce is not None and disjoint(axis) and axis.kernel > 1:
+        return tuple(
+            reduce(split_windows(x, axis, dim, f), dim + 1) for x, f in zip(state, fill, strict=True)
+        )
 
-    state = tuple(_cover(x, axis, dim, f) for x, f in zip(state, fill, strict=True))
+    state = tuple(cover(x, axis, dim, f) for x, f in zip(state, fill, strict=True))
     if axis.kernel <= _CHAIN:
-        result = tuple(_tap(x, axis, dim, 0) for x in state)
+        result = tuple(tap_of(x, axis, dim, 0) for x in state)
         for k in range(1, axis.kernel):
-            result = combine(result, tuple(_tap(x, axis, dim, k) for x in state), k)
+            result = combine(result, tuple(tap_of(x, axis, dim, k) for x in state), k)
         return result
 
     # powers[b] combines 2**b neighbouring taps at every pixel.
@@ -149,8 +100,8 @@ def _fold(
     for bit in range(axis.kernel.bit_length() - 1):
         taps = 2**bit
         length = powers[-1][0].shape[dim] - taps * d
-        left = tuple(_cut(x, dim, 0, length) for x in powers[-1])
-        right = tuple(_cut(x, dim, taps * d, taps * d + length) for x in powers[-1])
+        left = tuple(cut(x, dim, 0, length) for x in powers[-1])
+        right = tuple(cut(x, dim, taps * d, taps * d + length) for x in powers[-1])
         powers.append(combine(left, right, taps))
     bits = [bit for bit in reversed(range(len(powers))) if axis.kernel >> bit & 1]
     firsts = [axis.kernel >> (bit + 1) << (bit + 1) for bit in bits]
@@ -158,7 +109,7 @@ def _fold(
         bits, firsts = [bits[0]] * 2, [0, axis.kernel - 2 ** bits[0]]
     span = (axis.out - 1) * axis.stride + 1
     parts = [
-        tuple(_cut(x, dim, first * d, first * d + span, axis.stride) for x in powers[bit])
+        tuple(cut(x, dim, first * d, first * d + span, axis.stride) for x in powers[bit])
         for bit, first in zip(bits, firsts, strict=True)
     ]
     result = parts[0]
@@ -189,55 +140,25 @@ def _spread(g: Array, axis: Axis, dim: int) -> Array:
     """The transpose of summing the taps of one axis: every pixel gets the sum over its windows."""
     s, d = axis.stride, axis.dilation
     if s > 1:
-        terms = _neighbours(axis)
+        terms = neighbours(axis)
         if len(terms) <= _CHAIN:
             total = None
             for j, taps in terms:
-                term = _phases(_nth_before(g, axis, dim, j, 0), dim, s)
+                term = repeat(nth_before(g, axis, dim, j, 0), dim, s)
                 if min(taps) < 0:
                     hit = lax.broadcast_in_dim(np.array(taps) >= 0, term.shape, (dim + 1,))
                     term = lax.select(hit, term, lax.full_like(term, 0))
                 total = term if total is None else total + term
-            return _unblock(total, axis, dim)
+            return unblock(total, axis, dim)
         # Zeros between the windows turn the stride into 1.
-        g = _resize(lax.expand_dims(g, (dim + 1,)), dim + 1, 0, s - 1, 0)
+        g = resize(lax.expand_dims(g, (dim + 1,)), dim + 1, 0, s - 1, 0)
         g = lax.reshape(g, (*g.shape[:dim], axis.out * s, *g.shape[dim + 2 :]))
-        g = _cut(g, dim, 0, (axis.out - 1) * s + 1)
+        g = cut(g, dim, 0, (axis.out - 1) * s + 1)
     reach = (axis.kernel - 1) * d
     length = g.shape[dim] + reach
     mirrored = Axis(g.shape[dim], axis.kernel, 1, d, reach, length)
     (total,) = _fold((g,), mirrored, dim, _add, (0,))
-    return _uncover(total, axis, dim, 0)
-
-
-def _neighbours(axis: Axis) -> list[tuple[int, tuple[int, ...]]]:
-    """Which windows reach a pixel.
-
-    Cut the padded axis into blocks of `stride` pixels, so that pixel r of block q is number
-    `q * stride + r`, and window p starts with block p. Returns the pairs (j, taps): pixel r of block q
-    is tap `taps[r]` of window q - j, or none of its taps where `taps[r]` is -1.
-    """
-    found = []
-    for j in range((axis.extent - 1) // axis.stride + 1):
-        distances = range(j * axis.stride, (j + 1) * axis.stride)
-        taps = tuple(
-            m // axis.dilation if m % axis.dilation == 0 and m < axis.extent else -1 for m in distances
-        )
-        if max(taps) >= 0:
-            found.append((j, taps))
-    return found
-
-
-def _nth_before(g: Array, axis: Axis, dim: int, j: int, fill: Any) -> Array:
-    """For every block of `stride` pixels (see `_neighbours`), the window `j` blocks before it."""
-    blocks = -(-(axis.size + axis.lo) // axis.stride)
-    return _resize(g, dim, j, blocks - axis.out - j, fill)
-
-
-def _phases(x: Array, dim: int, count: int) -> Array:
-    """Repeats every element of an axis along a new axis behind it."""
-    shape = (*x.shape[: dim + 1], count, *x.shape[dim + 1 :])
-    return lax.broadcast_in_dim(x, shape, [i for i in range(len(shape)) if i != dim + 1])
+    return uncover(total, axis, dim, 0)
 
 
 # --- max ----------------------------------------------------------------------------------------------
@@ -260,7 +181,7 @@ def max_pool_index(x: Array, *, window: Window, start: int) -> Array:
 
 
 def max_pool_with_index(x: Array, *, window: Window, start: int) -> tuple[Array, Array]:
-    if all(map(_disjoint, window.axes)):
+    if all(map(disjoint, window.axes)):
         value, tap = _argmax_of_blocks(x, window, start)
     else:
         value, tap = _argmax_by_axis(x, window, start)
@@ -271,7 +192,7 @@ def max_pool_with_index(x: Array, *, window: Window, start: int) -> tuple[Array,
         unit //= axis.kernel
         if not surely_below(axis.lo, 1):
             first = _first_taps(axis)
-            first = _resize(first * np.int32(unit), 0, 0, axis.out - first.shape[0], 0)
+            first = resize(first * np.int32(unit), 0, 0, axis.out - first.shape[0], 0)
             along = lax.broadcast_in_dim(first, tap.shape, (dim,))
             least = along if least is None else least + along
     if least is not None:
@@ -315,7 +236,7 @@ def _argmax_of_blocks(x: Array, window: Window, start: int) -> State:
 def _all_blocks(x: Array, window: Window, start: int, fill: Any) -> tuple[Array, tuple[int, ...]]:
     """Windows that do not touch along any axis: every axis becomes (windows, taps)."""
     for i, axis in reversed(list(enumerate(window.axes, start))):
-        x = _blocks(x, axis, i, fill)
+        x = split_windows(x, axis, i, fill)
     return x, tuple(start + 2 * i + 1 for i in range(window.rank))
 
 
@@ -355,7 +276,7 @@ def _full(x: Array, value: int) -> Array:
 
 def max_pool_take(t: Array, tap: Array, *, window: Window, start: int) -> Array:
     tap = lax.convert_element_type(tap, np.int32)
-    if all(map(_disjoint, window.axes)):
+    if all(map(disjoint, window.axes)):
         blocks, dims = _all_blocks(t, window, start, 0)
         kept = [i for i in range(blocks.ndim) if i not in dims]
         chosen = lax.broadcast_in_dim(tap, blocks.shape, kept)
@@ -365,7 +286,7 @@ def max_pool_take(t: Array, tap: Array, *, window: Window, start: int) -> Array:
     if window.taps > _TAPS:
         return _Routes(tap, window, start).take(t)
     for i, axis in enumerate(window.axes, start):
-        t = _cover(t, axis, i, 0)
+        t = cover(t, axis, i, 0)
     out = lax.full_like(t, 0, shape=tap.shape)
     for number, taps in enumerate(itertools.product(*(range(n) for n in window.kernel))):
         starts, limits, strides = [0] * t.ndim, list(t.shape), [1] * t.ndim
@@ -380,7 +301,7 @@ def max_pool_put(g: Array, tap: Array, *, window: Window, start: int) -> Array:
     dtype = g.dtype
     g = lax.convert_element_type(g, accumulator(dtype))
     tap = lax.convert_element_type(tap, np.int32)
-    terms = [_neighbours(axis) for axis in window.axes]
+    terms = [neighbours(axis) for axis in window.axes]
     if math.prod(map(len, terms)) > _WINDOWS:
         total = _Routes(tap, window, start).put(g)
     else:
@@ -402,7 +323,7 @@ def _put_by_phases(
     shifted: dict[tuple[int, ...], State] = {(): (g, tap)}
     for i, (axis, along) in enumerate(zip(window.axes, terms, strict=True), start):
         shifted = {
-            (*key, n): (_nth_before(value, axis, i, j, 0), _nth_before(chosen, axis, i, j, -1))
+            (*key, n): (nth_before(value, axis, i, j, 0), nth_before(chosen, axis, i, j, -1))
             for key, (value, chosen) in shifted.items()
             for n, (j, _) in enumerate(along)
         }
@@ -424,7 +345,7 @@ def _put_by_phases(
         term = lax.select(hit, value, lax.full_like(value, 0))
         total = term if total is None else total + term
     for i, axis in enumerate(window.axes, start):
-        total = _unblock(total, axis, i)
+        total = unblock(total, axis, i)
     return total
 
 
@@ -465,7 +386,7 @@ class _Routes:
                 if unit > 1 or length > 1:
                     stay = lax.select(turn, nowhere, tap)
                     tap = lax.max(stay, _shift(move, dim, later * axis.dilation, -1))
-            tap = _uncover(tap, axis, dim, -1)
+            tap = uncover(tap, axis, dim, -1)
             self.steps.append(steps)
 
     def put(self, g: Array) -> Array:
@@ -475,32 +396,32 @@ class _Routes:
             zero = lax.full_like(g, 0)
             for distance, turn in steps:
                 g = lax.select(turn, zero, g) + _shift(lax.select(turn, g, zero), dim, distance, 0)
-            g = _uncover(g, axis, dim, 0)
+            g = uncover(g, axis, dim, 0)
         return g
 
     def take(self, t: Array) -> Array:
         """The value of every window's tap: `put` backwards."""
         for i in reversed(range(self.window.rank)):
             axis, dim = self.window.axes[i], self.start + i
-            t = _cover(t, axis, dim, 0)
+            t = cover(t, axis, dim, 0)
             for distance, turn in reversed(self.steps[i]):
-                later = _resize(_cut(t, dim, distance, t.shape[dim]), dim, 0, distance, 0)
+                later = resize(cut(t, dim, distance, t.shape[dim]), dim, 0, distance, 0)
                 t = lax.select(turn, later, t)
-            t = _cut(t, dim, 0, (axis.out - 1) * axis.stride + 1, axis.stride)
+            t = cut(t, dim, 0, (axis.out - 1) * axis.stride + 1, axis.stride)
         return t
 
 
 def _at_first_pixel(x: Array, axis: Axis, dim: int, fill: Any) -> Array:
     """Moves the value of every window to the window's first pixel, in an array of all pixels reached."""
     if axis.stride > 1:
-        x = _resize(lax.expand_dims(x, (dim + 1,)), dim + 1, 0, axis.stride - 1, fill)
+        x = resize(lax.expand_dims(x, (dim + 1,)), dim + 1, 0, axis.stride - 1, fill)
         x = lax.reshape(x, (*x.shape[:dim], axis.out * axis.stride, *x.shape[dim + 2 :]))
-    return _resize(x, dim, 0, (axis.out - 1) * axis.stride + axis.extent - x.shape[dim], fill)
+    return resize(x, dim, 0, (axis.out - 1) * axis.stride + axis.extent - x.shape[dim], fill)
 
 
 def _shift(x: Array, dim: int, distance: int, fill: Any) -> Array:
     """Moves all elements up an axis by `distance`; those at its end are known to be `fill`."""
-    return _resize(_cut(x, dim, 0, x.shape[dim] - distance), dim, distance, 0, fill)
+    return resize(cut(x, dim, 0, x.shape[dim] - distance), dim, distance, 0, fill)
 
 
 # --- average ------------------------------------------------------------------------------------------
