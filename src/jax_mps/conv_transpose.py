@@ -110,14 +110,15 @@ def conv_transpose(
     Source: `MPSCNNConvolutionTranspose` in MPSCNNConvolution.h; the options are those of PyTorch's
     `conv_transpose2d`.
     """
-    x = windowed.array("x", x, FLOATS)
-    kernel = windowed.array("kernel", kernel, FLOATS)
+    image = windowed.array("x", x, FLOATS)
+    weights = windowed.array("kernel", kernel, FLOATS)
     call = _place(
-        x.shape, kernel.shape, strides, padding, output_padding, kernel_dilation, groups, transpose_kernel,
+        image.shape, weights.shape, strides, padding, output_padding, kernel_dilation, groups, transpose_kernel,
         data_format, precision, implementation, source="x",
     )  # fmt: skip
-    windowed.check_same_dtype("kernel", kernel, "x", x)
-    return forward(x, kernel, out_dtype=_preferred(preferred_element_type, x.dtype), **call.params)
+    windowed.check_same_dtype("kernel", weights, "x", image)
+    out_dtype = _preferred(preferred_element_type, image.dtype)
+    return forward(image, weights, out_dtype=out_dtype, **call.params)
 
 
 def conv_transpose_gradient_data(
@@ -175,15 +176,15 @@ def conv_transpose_gradient_data(
     Source: `MPSCNNConvolutionTransposeGradient` with `gradientOption` "with data".
     """
     g = windowed.array("source_gradient", source_gradient, FLOATS)
-    kernel = windowed.array("kernel", kernel, FLOATS)
+    weights = windowed.array("kernel", kernel, FLOATS)
     call = _place(
-        geometry.shape("source_shape", source_shape), kernel.shape, strides, padding, output_padding,
+        geometry.shape("source_shape", source_shape), weights.shape, strides, padding, output_padding,
         kernel_dilation, groups, transpose_kernel, data_format, precision, implementation,
         source="source_shape",
     )  # fmt: skip
     windowed.check_shape("source_gradient", g, call.result_shape, "that of the result of conv_transpose")
-    windowed.check_same_dtype("kernel", kernel, "source_gradient", g)
-    return gradient_data(g, kernel, out_dtype=_preferred(preferred_element_type, g.dtype), **call.params)
+    windowed.check_same_dtype("kernel", weights, "source_gradient", g)
+    return gradient_data(g, weights, out_dtype=_preferred(preferred_element_type, g.dtype), **call.params)
 
 
 def conv_transpose_gradient_weights(

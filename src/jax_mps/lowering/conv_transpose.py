@@ -392,9 +392,8 @@ def _matmul(conv: _Conv, a: Array, b: Array, contract: tuple[int, int]) -> Array
     """The product of `(groups, ...)` matrices, without the batch axis where there is one group."""
     if conv.groups == 1:
         a, b = (lax.squeeze(m, (0,)) for m in (a, b))
-        contract, batch = (contract[0] - 1, contract[1] - 1), ((), ())
-    else:
-        batch = ((0,), (0,))
+        contract = (contract[0] - 1, contract[1] - 1)
+    batch: tuple[Any, Any] = ((), ()) if conv.groups == 1 else ((0,), (0,))
     out = lax.dot_general(
         a,
         b,
