@@ -113,8 +113,8 @@ def conv_transpose(
     image = windowed.array("x", x, FLOATS)
     weights = windowed.array("kernel", kernel, FLOATS)
     call = _place(
-        image.shape, weights.shape, strides, padding, output_padding, kernel_dilation, groups, transpose_kernel,
-        data_format, precision, implementation, source="x",
+        image.shape, weights.shape, strides, padding, output_padding, kernel_dilation, groups,
+        transpose_kernel, data_format, precision, implementation, source="x",
     )  # fmt: skip
     windowed.check_same_dtype("kernel", weights, "x", image)
     out_dtype = _preferred(preferred_element_type, image.dtype)

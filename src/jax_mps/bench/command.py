@@ -1,9 +1,10 @@
 """Times the named shapes beside stock JAX and PyTorch, after checking that all compute the same.
 
 Everyone has a turn in every round, in one process and with as many threads as there are cores; medians
-and quartiles of the rounds are kept. The bandwidth counts what must be moved at least, each input once
-and each output once, so it shows how far a kernel is from the limit of the memory, which is measured
-too; small shapes that stay in the caches can exceed it.
+and quartiles of the rounds are kept. The bandwidth of pooling counts what must be moved at least, each
+input once and each output once, so it shows how far a kernel is from the limit of the memory, which is
+measured too; small shapes that stay in the caches can exceed it. The limit of a transposed convolution is
+the rate of `jnp.dot` for matrices of the same M, N and K.
 """
 
 from __future__ import annotations
@@ -22,12 +23,13 @@ import numpy as np
 from jax_mps import info
 from jax_mps._extras import missing
 from jax_mps.bench import report, runner
+from jax_mps.bench.conv_transpose import ConvTranspose
 from jax_mps.bench.pooling import Pooling
 from jax_mps.lowering import ffi
 
 __all__ = ["add_arguments", "run"]
 
-_FAMILIES: tuple[runner.Family, ...] = (Pooling(),)
+_FAMILIES: tuple[runner.Family, ...] = (Pooling(), ConvTranspose())
 _PEERS = ("lax", "torch", "torch_channels_last")
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 _LAYOUTS = ("channels_last", "channels_first")
@@ -62,6 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="ours: native, xla; ratios are against the first (default: native if it can be had, else xla)",
     )
+    parser.add_argument("--batch", type=int, metavar="N", help="images, instead of each shape's own number")
     parser.add_argument("--rounds", type=int, default=21, help="rounds of a case (default: 21)")
     parser.add_argument(
         "--seconds", type=float, default=5.0, help="time for a case: fewer rounds if it is slow (default: 5)"
@@ -123,7 +126,7 @@ def _cases(options: argparse.Namespace, contenders: Sequence[str]) -> Iterator[r
             [name for name in options.ops if name in family.ops],
         )
         for dtype, layout, shape, op in selected:
-            yield family.case(shape, op, dtype, layout, contenders)
+            yield family.case(shape, op, dtype, layout, options.batch, contenders)
 
 
 def _copy_bandwidth(*, queued: bool) -> float:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-import importlib
-import importlib.util
 import math
-import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,6 +14,7 @@ import numpy as np
 from jax import lax
 
 import jax_mps
+from jax_mps.bench import torch_peer
 from jax_mps.bench.runner import Case, Contender
 from jax_mps.bench.shapes import POOLING, PoolingShape
 
@@ -44,9 +43,13 @@ class Pooling:
     ops = ("forward", "gradient", "gradient_kernel", "step")
     shapes = tuple(_BY_NAME)
 
-    def case(self, shape: str, op: str, dtype: str, layout: str, contenders: Sequence[str]) -> Case:
+    def case(
+        self, shape: str, op: str, dtype: str, layout: str, batch: int | None, contenders: Sequence[str]
+    ) -> Case:
         """The case of these names."""
         pooling = _BY_NAME[shape]
+        if batch:
+            pooling = dataclasses.replace(pooling, batch=batch)
         makers: dict[str, Callable[[], Contender]] = {}
         for name in contenders:
             make = _torch if name.startswith("torch") else _jax
@@ -197,44 +200,11 @@ def _jax_call(
 
 
 def _torch(name: str, shape: PoolingShape, op: str, dtype: str, layout: str) -> Contender:
-    """PyTorch names axes channels first; `torch_channels_last` differs in the order in memory only.
-
-    Both are asked in either of our layouts, for both are there for a user of PyTorch.
-    """
-    del layout
-    if not importlib.util.find_spec("torch"):
-        raise NotImplementedError("PyTorch is not installed")
-    torch = importlib.import_module("torch")
-    if name == "torch_channels_last" and shape.ndim == 1:
-        raise NotImplementedError("PyTorch has no channels-last format for one spatial axis")
-    on_gpu = jax.devices()[0].platform in ("cuda", "gpu")
-    device = "cuda" if on_gpu else "cpu"
-    if on_gpu and not torch.cuda.is_available():
-        raise NotImplementedError("this PyTorch has no CUDA")
-    torch.set_num_threads(_cores())
-
-    def tensor(array: np.ndarray) -> Any:
-        if name != "torch_channels_last":
-            array = np.ascontiguousarray(np.moveaxis(array, -1, 1))
-        made = torch.from_numpy(array).to(device=device, dtype=getattr(torch, dtype))
-        return made.movedim(-1, 1) if name == "torch_channels_last" else made
-
-    source, gradient = map(tensor, _data(shape))
+    del layout  # PyTorch is asked in both of its own
+    peer = torch_peer.Peer.find(name, shape.ndim, dtype)
+    source, gradient = map(peer.tensor, _data(shape))
     source.requires_grad_(op != "forward")
-    pool = _torch_pool(torch, shape)
-    try:
-        call = _torch_call(torch, op, pool, source, gradient)
-        call()
-    except RuntimeError as error:
-        if "not implemented for" in str(error):
-            raise NotImplementedError(str(error)) from error
-        raise
-
-    def fetch(outputs: Any) -> list[np.ndarray]:
-        arrays = [t.detach().to("cpu", torch.float64).numpy() for t in outputs]
-        return [np.moveaxis(a, 1, -1) if a.ndim else a for a in arrays]
-
-    return Contender(call, (lambda _: torch.cuda.synchronize()) if on_gpu else (lambda _: None), fetch)
+    return peer.contender(_torch_call(peer.torch, op, _torch_pool(peer.torch, shape), source, gradient))
 
 
 def _torch_pool(torch: Any, shape: PoolingShape) -> Callable[[Any], Any]:
@@ -273,9 +243,3 @@ def _torch_call(
         return loss, *grad(loss, source)
 
     return step
-
-
-def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

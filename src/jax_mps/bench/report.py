@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
-from jax_mps.bench.runner import Result, Timing
+from jax_mps.bench.runner import YARDSTICK, Result, Timing
 
 __all__ = ["Report", "markdown", "print_table"]
 
@@ -21,7 +21,7 @@ _TITLES = {
     "torch": "PyTorch",
     "torch_channels_last": "PyTorch\nchannels last",
 }
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +75,7 @@ def print_table(report: Report) -> None:
         table.add_column("operation", no_wrap=True)
         for name in report.contenders:
             table.add_column(_TITLES[name], justify="right")
-        table.add_column("GB/s", justify="right")
+        table.add_column("rate", justify="right")
         table.add_column("of limit", justify="right")
         for result in results:
             table.add_row(*_row(result, ours, peers, report.copy_gbs))
@@ -96,11 +96,12 @@ def markdown(report: Report) -> str:
     used = ", ".join(f"{name} {version}" for name, version in report.versions.items())
     head = (
         f"{report.machine}; {used}; {report.date[:10]}. Medians in milliseconds, in brackets how many times "
-        f"ours. Reading a large array and writing it back moves {report.copy_gbs:.1f} GB/s, the limit meant."
+        f"ours. The limit is, for GB/s, the {report.copy_gbs:.1f} at which a large array is read and written "
+        "back, and for GFLOP/s `jnp.dot` of the same M, N and K in the same rounds."
     )
     lines = [head, ""]
     for (dtype, layout), results in _grouped(report.results):
-        titles = ["shape", "operation", *(_TITLES[name] for name in report.contenders), "GB/s", "of limit"]
+        titles = ["shape", "operation", *(_TITLES[name] for name in report.contenders), "rate", "of limit"]
         lines += [f"**{dtype}, {layout.replace('_', ' ')}**", "", *_markdown_head(titles, left=2)]
         lines += [_markdown_row(_row(result, ours, peers, report.copy_gbs)) for result in results]
         lines.append("")
@@ -127,8 +128,12 @@ def _row(result: Result, ours: str, peers: Sequence[str], copy_gbs: float) -> li
         row.append(f"{cell} ({timing.median / own.median:.1f})" if timing and own else cell)
     if not own:
         return [*row, "-", "-"]
-    gbs = result.bytes_moved / own.median / 1e6
-    return [*row, f"{gbs:.1f}", f"{gbs / copy_gbs:.0%}"]
+    if not result.flops:
+        gbs = result.bytes_moved / own.median / 1e6
+        return [*row, f"{gbs:.1f} GB/s", f"{gbs / copy_gbs:.0%}"]
+    limit = result.timings.get(YARDSTICK)
+    rate = f"{result.flops / own.median / 1e6:.0f} GFLOP/s"
+    return [*row, rate, f"{limit.median / own.median:.0%}" if limit else "-"]
 
 
 def _means(results: Sequence[Result], ours: str, peers: Sequence[str]) -> list[list[str]]:

@@ -15,8 +15,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-__all__ = ["Case", "Contender", "Disagreement", "Family", "Result", "Timing", "measure", "run"]
+__all__ = ["YARDSTICK", "Case", "Contender", "Disagreement", "Family", "Result", "Timing", "measure", "run"]
 
+YARDSTICK = "yardstick"
 _WARM_UP_CALLS = 2
 _TURN_SECONDS = 2e-3
 _MOST_CALLS_A_TURN = 50
@@ -52,6 +53,8 @@ class Case:
       tolerances: for each output, the greatest error allowed beside the output's greatest magnitude.
       contenders: how to make each contender; `NotImplementedError` says that it has no such operation.
         The first is what the others are compared with.
+      flops: additions and multiplications, where their rate is what matters; else 0.
+      yardstick: makes something that takes as many of them and computes something else, to compare with.
     """
 
     shape: str
@@ -62,6 +65,8 @@ class Case:
     bytes_moved: int
     tolerances: Sequence[float]
     contenders: Mapping[str, Callable[[], Contender]]
+    flops: int = 0
+    yardstick: Callable[[], Contender] | None = None
 
 
 class Family(Protocol):
@@ -75,8 +80,10 @@ class Family(Protocol):
     def shapes(self) -> Sequence[str]:
         """The names of the shapes."""
 
-    def case(self, shape: str, op: str, dtype: str, layout: str, contenders: Sequence[str]) -> Case:
-        """The case of these names."""
+    def case(
+        self, shape: str, op: str, dtype: str, layout: str, batch: int | None, contenders: Sequence[str]
+    ) -> Case:
+        """The case of these names, with its own batch or another."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,15 +108,26 @@ class Result:
     bytes_moved: int
     timings: Mapping[str, Timing]
     absent: Mapping[str, str]
+    flops: int = 0
 
 
 def run(case: Case, *, rounds: int, seconds: float, queued: bool) -> Result:
     """Checks that the contenders of a case agree and times them; see `measure` for the arguments."""
     contenders, absent = _present(case)
     _check_agreement(case, contenders)
+    if case.yardstick:
+        contenders[YARDSTICK] = case.yardstick()
     timings = measure(contenders, rounds=rounds, seconds=seconds, queued=queued)
     return Result(
-        case.shape, case.description, case.op, case.dtype, case.layout, case.bytes_moved, timings, absent
+        case.shape,
+        case.description,
+        case.op,
+        case.dtype,
+        case.layout,
+        case.bytes_moved,
+        timings,
+        absent,
+        case.flops,
     )
 
 
