@@ -1,5 +1,6 @@
 """Pooling and transposed convolution for JAX with the exact meaning of Apple's MPS CNN kernels."""
 
+from jax_mps import conventions
 from jax_mps._version import __version__
 from jax_mps.avg_pool import avg_pool, avg_pool_gradient
 from jax_mps.conv_transpose import (
@@ -7,6 +8,7 @@ from jax_mps.conv_transpose import (
     conv_transpose_gradient_data,
     conv_transpose_gradient_weights,
 )
+from jax_mps.conventions import kernel_from_torch, kernel_to_torch
 from jax_mps.l2_pool import l2_pool, l2_pool_gradient
 from jax_mps.lowering.ffi import native_available
 from jax_mps.max_pool import max_pool, max_pool_gradient, max_unpool
@@ -18,6 +20,9 @@ __all__ = [
     "conv_transpose",
     "conv_transpose_gradient_data",
     "conv_transpose_gradient_weights",
+    "conventions",
+    "kernel_from_torch",
+    "kernel_to_torch",
     "l2_pool",
     "l2_pool_gradient",
     "max_pool",

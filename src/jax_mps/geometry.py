@@ -214,8 +214,8 @@ def place(
     A string pads as `lax.padtype_to_pads` does. `ceil_mode` is PyTorch's: the number of windows is
     rounded up, but a window that would start behind the image and its left padding is dropped.
     """
-    window_shape, strides = _freeze("window_shape", window_shape), _freeze("strides", strides)
-    window_dilation, padding = _freeze("window_dilation", window_dilation), _freeze_padding(padding)
+    window_shape, strides = freeze("window_shape", window_shape), freeze("strides", strides)
+    window_dilation, padding = freeze("window_dilation", window_dilation), freeze_padding(padding)
     flag("ceil_mode", ceil_mode)
     arguments = (window_shape, strides, padding, window_dilation, bool(ceil_mode), data_format)
     if all(isinstance(d, int) for d in shape):
@@ -237,9 +237,9 @@ def _place(
     )
     start = spatial_start(len(shape), rank, data_format)
     sizes = shape[start : start + rank]
-    kernel = _per_axis("window_shape", window_shape, rank)
-    stride = _per_axis("strides", strides, rank)
-    dilation = _per_axis("window_dilation", window_dilation, rank)
+    kernel = per_axis("window_shape", window_shape, rank)
+    stride = per_axis("strides", strides, rank)
+    dilation = per_axis("window_dilation", window_dilation, rank)
     pads = _pads(padding, sizes, kernel, stride, dilation, ceil_mode)
 
     axes, crop = [], []
@@ -300,10 +300,10 @@ def place_transposed(
     """
     arguments = (
         kernel,
-        _freeze("strides", strides),
-        _freeze_padding(padding),
-        _freeze("output_padding", output_padding),
-        _freeze("kernel_dilation", kernel_dilation),
+        freeze("strides", strides),
+        freeze_padding(padding),
+        freeze("output_padding", output_padding),
+        freeze("kernel_dilation", kernel_dilation),
         data_format,
     )
     if all(isinstance(d, int) for d in shape):
@@ -321,10 +321,10 @@ def _place_transposed(
     data_format: str,
 ) -> TransposedPlacement:
     rank = len(kernel)
-    _per_axis("kernel", kernel, rank)
-    stride = _per_axis("strides", strides, rank)
-    dilation = _per_axis("kernel_dilation", kernel_dilation, rank)
-    more = _per_axis("output_padding", output_padding, rank, least=0)
+    per_axis("kernel", kernel, rank)
+    stride = per_axis("strides", strides, rank)
+    dilation = per_axis("kernel_dilation", kernel_dilation, rank)
+    more = per_axis("output_padding", output_padding, rank, least=0)
     if len(shape) < rank + 1:
         raise ValueError(
             f"a kernel with {rank} spatial axes needs an array with as many and a channel axis, "
@@ -334,8 +334,7 @@ def _place_transposed(
     lengths = shape[start : start + rank]
     if any(surely_below(n, 1) for n in lengths):
         raise ValueError(f"every spatial axis needs at least one pixel, got sizes {tuple(lengths)}")
-    name = padding.upper() if isinstance(padding, str) else ""
-    if name == "SAME" and any(more):
+    if isinstance(padding, str) and padding.upper() == "SAME" and any(more):
         raise ValueError(
             f"output_padding must be 0 with padding='SAME', which already fixes the output size, "
             f"got {output_padding}"
@@ -346,17 +345,13 @@ def _place_transposed(
                 f"output_padding must be 0 to {max(s, d) - 1} on spatial axis {i}, below the greater of "
                 f"strides ({s}) and kernel_dilation ({d}), got {op}"
             )
-    if name == "SAME":
-        full = [n * s for n, s in zip(lengths, stride, strict=True)]
-        pads = _pads(padding, full, kernel, stride, dilation, False)
-    else:
-        pads = _pads(padding, lengths, kernel, stride, dilation, False)
+    pads = transposed_pads(padding, kernel, stride, dilation)
     axes = []
     for i, (n, k, s, d, (lo, hi), op) in enumerate(
         zip(lengths, kernel, stride, dilation, pads, more, strict=True)
     ):
         extent = (k - 1) * d + 1
-        size = n * s if name == "SAME" else (n - 1) * s + extent - lo - hi + op
+        size = (n - 1) * s + extent - lo - hi + op
         if surely_below(size, 1):
             raise ValueError(
                 f"padding={(lo, hi)} of spatial axis {i} leaves nothing of the {(n - 1) * s + extent + op} "
@@ -385,6 +380,19 @@ def divisor(
     if not count_include_pad:
         return Divisor(0, ((0, 0),) * window.rank)
     return Divisor(0, tuple((at_least_zero(lo), at_least_zero(hi)) for lo, hi in placement.pads))
+
+
+def transposed_pads(
+    padding: str | int | tuple[tuple[int, int], ...],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+) -> tuple[tuple[int, int], ...]:
+    """The padding of a transposed convolution as pairs; "SAME" makes it `strides` times as large."""
+    if isinstance(padding, str) and padding.upper() == "SAME":
+        totals = [(k - 1) * d + 1 - s for k, s, d in zip(kernel, stride, dilation, strict=True)]
+        return tuple((max(total, 0) // 2, total - max(total, 0) // 2) for total in totals)
+    return _pads(padding, (1,) * len(kernel), kernel, stride, dilation, False)
 
 
 def spatial_rank(ndim: int, **arguments: int | tuple[int, ...]) -> int:
@@ -489,7 +497,7 @@ def _describe(value: Any) -> str:
     )
 
 
-def _freeze(name: str, value: Any) -> int | tuple[int, ...]:
+def freeze(name: str, value: Any) -> int | tuple[int, ...]:
     if isinstance(value, str):
         raise TypeError(f"{name} must be an int or a sequence of ints, got {value!r}")
     if isinstance(value, Sequence) or (isinstance(value, np.ndarray) and value.ndim):
@@ -497,7 +505,7 @@ def _freeze(name: str, value: Any) -> int | tuple[int, ...]:
     return integer(name, value)
 
 
-def _freeze_padding(padding: Any) -> str | int | tuple[tuple[int, int], ...]:
+def freeze_padding(padding: Any) -> str | int | tuple[tuple[int, int], ...]:
     if isinstance(padding, str):
         return padding
     if not isinstance(padding, Sequence | np.ndarray) or getattr(padding, "ndim", 1) == 0:
@@ -513,7 +521,7 @@ def _freeze_padding(padding: Any) -> str | int | tuple[tuple[int, int], ...]:
     return tuple(pairs)
 
 
-def _per_axis(name: str, value: int | tuple[int, ...], rank: int, *, least: int = 1) -> tuple[int, ...]:
+def per_axis(name: str, value: int | tuple[int, ...], rank: int, *, least: int = 1) -> tuple[int, ...]:
     values = (value,) * rank if isinstance(value, int) else value
     if len(values) != rank:
         raise ValueError(f"{name} must have one entry for each of the {rank} spatial axes, got {value}")

@@ -1,0 +1,202 @@
+"""Kernels and paddings of other libraries: the same results as those libraries."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import flax.linen
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from jax import lax
+
+import jax_mps
+from jax_mps import conventions
+
+FLAX_PADDINGS: list[Any] = ["SAME", "VALID", 0, 1, ((0, 2),), ((-1, 3),)]
+
+
+def array(*shape: int) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(0).integers(-4, 5, shape), jnp.float32)
+
+
+# --- kernels ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("transpose_kernel", [False, True])
+@pytest.mark.parametrize(("rank", "groups"), list(itertools.product((1, 2, 3), (1, 3))))
+def test_kernel_from_torch(rank: int, groups: int, transpose_kernel: bool) -> None:
+    window = (2, 3, 4)[:rank]
+    weight, x = array(6, 2, *window), array(2, 6, *(3, 4, 2)[:rank])
+    function = getattr(torch.nn.functional, f"conv_transpose{rank}d")
+    expected = function(
+        torch.tensor(np.asarray(x)), torch.tensor(np.asarray(weight)), stride=2, groups=groups
+    )
+    kernel = jax_mps.kernel_from_torch(weight, groups, transpose_kernel=transpose_kernel)
+    y = jax_mps.conv_transpose(
+        x,
+        kernel,
+        strides=2,
+        groups=groups,
+        transpose_kernel=transpose_kernel,
+        data_format="channels_first",
+    )
+    np.testing.assert_array_equal(y, expected)  # integers
+    back = jax_mps.kernel_to_torch(kernel, groups, transpose_kernel=transpose_kernel)
+    np.testing.assert_array_equal(back, weight)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda: jax_mps.kernel_from_torch(jnp.zeros((4, 2))), ValueError, ["weight", "(4, 2)"]),
+        (lambda: jax_mps.kernel_from_torch(jnp.zeros((4, 2, 3)), 3), ValueError, ["groups", "4", "3"]),
+        (lambda: jax_mps.kernel_from_torch(jnp.zeros((4, 2, 3)), 0), ValueError, ["groups", "0"]),
+        (lambda: jax_mps.kernel_from_torch(jnp.zeros((4, 2, 3)), 1.5), TypeError, ["groups", "1.5"]),
+        (lambda: jax_mps.kernel_to_torch(jnp.zeros((3, 2, 5)), 2), ValueError, ["groups", "5", "2"]),
+        (lambda: jax_mps.kernel_to_torch(jnp.zeros((3,) * 6)), ValueError, ["kernel", "3 spatial"]),
+    ],
+)
+def test_kernel_errors(call: Any, error: type[Exception], words: list[str]) -> None:
+    with pytest.raises(error) as caught:
+        call()
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+# --- paddings: Flax -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("k", "s", "d"), [(1, 1, 1), (3, 1, 1), (4, 2, 1), (3, 2, 1), (2, 3, 1), (3, 2, 2)])
+def test_padding_of_flax(k: int, s: int, d: int) -> None:
+    x, kernel = array(2, 5, 3), array(k, 3, 4)
+    for padding in FLAX_PADDINGS:
+        pads = padding if isinstance(padding, str | tuple) else ((padding, padding),)
+        if not isinstance(pads, str) and (5 - 1) * s + 1 + sum(pads[0]) < (k - 1) * d + 1:
+            continue  # nothing would be left
+        expected = lax.conv_transpose(x, kernel, (s,), pads, rhs_dilation=(d,))
+        pairs = conventions.padding_from_flax(padding, (k,), strides=s, kernel_dilation=d)
+        y = jax_mps.conv_transpose(x, kernel, strides=s, padding=pairs, kernel_dilation=d)
+        np.testing.assert_array_equal(y, expected, err_msg=str(padding))
+        around = conventions.padding_to_flax(pairs, (k,), strides=s, kernel_dilation=d)
+        if not isinstance(pads, str):
+            assert around == pads
+        again = lax.conv_transpose(x, kernel, (s,), around, rhs_dilation=(d,))
+        np.testing.assert_array_equal(again, expected)
+
+
+def test_padding_of_a_flax_layer() -> None:
+    layer = flax.linen.ConvTranspose(4, (3, 2), strides=(2, 3), padding="SAME", use_bias=False)
+    x = array(1, 4, 5, 3)
+    variables = layer.init(jax.random.key(0), x)
+    pairs = conventions.padding_from_flax("SAME", (3, 2), strides=(2, 3))
+    y = jax_mps.conv_transpose(x, variables["params"]["kernel"], strides=(2, 3), padding=pairs)
+    np.testing.assert_allclose(y, layer.apply(variables, x), rtol=1e-5, atol=1e-5)
+
+
+def test_output_padding_to_flax() -> None:
+    x, kernel = array(1, 4, 2), array(3, 2, 2)
+    around = conventions.padding_to_flax(1, (3,), strides=2, output_padding=1)
+    expected = jax_mps.conv_transpose(x, kernel, strides=2, padding=1, output_padding=1)
+    np.testing.assert_array_equal(lax.conv_transpose(x, kernel, (2,), around), expected)
+
+
+# --- paddings: PyTorch --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("k", "s", "d", "p", "op"),
+    [(3, 2, 1, 1, 1), (4, 2, 1, 1, 0), (2, 3, 1, 0, 2), (3, 1, 3, 2, 2), (5, 2, 2, 3, 1)],
+)
+def test_padding_of_torch(k: int, s: int, d: int, p: int, op: int) -> None:
+    x, weight = array(2, 3, 6), array(3, 4, k)
+    options: dict[str, Any] = {"stride": s, "dilation": d, "padding": p, "output_padding": op}
+    expected = torch.nn.functional.conv_transpose1d(
+        torch.tensor(np.asarray(x)), torch.tensor(np.asarray(weight)), **options
+    )
+    pairs = conventions.padding_from_torch(p, (k,), output_padding=op)
+    y = jax_mps.conv_transpose(
+        x,
+        jax_mps.kernel_from_torch(weight),
+        strides=s,
+        padding=pairs,
+        kernel_dilation=d,
+        data_format="channels_first",
+    )
+    np.testing.assert_array_equal(y, expected)
+    assert conventions.padding_to_torch(pairs, (k,), strides=s, kernel_dilation=d) == ((p,), (op,))
+
+
+@pytest.mark.parametrize("padding", ["SAME", ((0, 1),), ((-1, -1),), ((3, 0),)])
+def test_no_such_padding_in_torch(padding: Any) -> None:
+    with pytest.raises(ValueError, match="cannot be had in PyTorch") as caught:
+        conventions.padding_to_torch(padding, (3,), strides=2)
+    assert "0 to 1" in str(caught.value)
+
+
+# --- paddings: Keras ----------------------------------------------------------------------------------
+
+# What keras.ops.conv_transpose (Keras 3, JAX backend) gives for the source 1 2 3 and the kernel 1 10 100 ...:
+# padding, window, strides, dilation, output_padding, result.
+KERAS: list[tuple[str, int, int, int, int | None, list[int]]] = [
+    ("valid", 3, 2, 1, None, [1, 10, 102, 20, 203, 30, 300]),
+    ("valid", 2, 3, 1, None, [1, 10, 0, 2, 20, 0, 3, 30, 0]),
+    ("valid", 3, 2, 1, 1, [1, 10, 102, 20, 203, 30, 300, 0]),
+    ("valid", 2, 3, 1, 2, [1, 10, 0, 2, 20, 0, 3, 30, 0, 0]),
+    ("valid", 3, 1, 2, None, [1, 2, 13, 20, 130, 200, 300]),
+    ("same", 3, 2, 1, None, [1, 10, 102, 20, 203, 30]),
+    ("same", 4, 2, 1, None, [10, 102, 1020, 203, 2030, 300]),
+    ("same", 2, 3, 1, None, [1, 10, 0, 2, 20, 0, 3, 30, 0]),
+    ("same", 3, 2, 1, 0, [10, 102, 20, 203, 30]),
+    ("same", 3, 2, 1, 1, [1, 10, 102, 20, 203, 30]),
+    ("same", 4, 2, 1, 1, [10, 102, 1020, 203, 2030]),
+    ("same", 2, 3, 1, 2, [1, 10, 0, 2, 20, 0, 3, 30]),
+    ("same", 5, 3, 1, 2, [10, 100, 1002, 10020, 200, 2003, 20030, 300, 3000]),
+    ("same", 3, 1, 2, None, [13, 20, 130]),
+]
+
+
+@pytest.mark.parametrize(("padding", "k", "s", "d", "op", "expected"), KERAS)
+def test_padding_of_keras(padding: str, k: int, s: int, d: int, op: int | None, expected: list[int]) -> None:
+    x = jnp.array([1.0, 2.0, 3.0]).reshape(1, 3, 1)
+    kernel = 10.0 ** jnp.arange(k, dtype=jnp.float32).reshape(k, 1, 1)
+    options: dict[str, Any] = {"strides": s, "kernel_dilation": d}
+    pairs = conventions.padding_from_keras(padding, (k,), output_padding=op, **options)
+    y = jax_mps.conv_transpose(x, kernel, padding=pairs, transpose_kernel=True, **options)
+    np.testing.assert_allclose(y.ravel(), expected)
+    name, more = conventions.padding_to_keras(pairs, (k,), **options)
+    assert conventions.padding_from_keras(name, (k,), output_padding=more, **options) == pairs
+
+
+def test_no_such_padding_in_keras() -> None:
+    with pytest.raises(ValueError, match="cannot be had in Keras"):
+        conventions.padding_to_keras(((2, 0),), (3,), strides=2)
+
+
+# --- bad input ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda: conventions.padding_from_keras("full", (3,)), ValueError, ["padding", "'full'", "'same'"]),
+        (lambda: conventions.padding_from_keras(1, (3,)), ValueError, ["padding", "1"]),
+        (lambda: conventions.padding_from_flax("SAME_LOWER", (3,)), ValueError, ["padding", "SAME_LOWER"]),
+        (lambda: conventions.padding_from_flax(0, 3), ValueError, ["window_shape", "3"]),
+        (lambda: conventions.padding_from_flax(0, (0,)), ValueError, ["window_shape", "at least 1"]),
+        (lambda: conventions.padding_from_flax(0, (3,), strides=0), ValueError, ["strides", "at least 1"]),
+        (lambda: conventions.padding_from_torch(-1, (3,)), ValueError, ["padding", "at least 0", "-1"]),
+        (
+            lambda: conventions.padding_from_torch((1, 1), (3,)),
+            ValueError,
+            ["padding", "1 spatial", "(1, 1)"],
+        ),
+        (lambda: conventions.padding_to_flax(1.0, (3,)), TypeError, ["padding", "1.0"]),
+    ],
+)
+def test_padding_errors(call: Any, error: type[Exception], words: list[str]) -> None:
+    with pytest.raises(error) as caught:
+        call()
+    assert all(word in str(caught.value) for word in words), caught.value
