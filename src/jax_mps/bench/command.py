@@ -24,12 +24,13 @@ from jax_mps import info
 from jax_mps._extras import missing
 from jax_mps.bench import report, runner
 from jax_mps.bench.conv_transpose import ConvTranspose
+from jax_mps.bench.networks import Networks
 from jax_mps.bench.pooling import Pooling
 from jax_mps.lowering import ffi
 
 __all__ = ["add_arguments", "run"]
 
-_FAMILIES: tuple[runner.Family, ...] = (Pooling(), ConvTranspose())
+_FAMILIES: tuple[runner.Family, ...] = (Pooling(), ConvTranspose(), Networks())
 _PEERS = ("lax", "torch", "torch_channels_last")
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 _LAYOUTS = ("channels_last", "channels_first")

@@ -38,11 +38,11 @@ def run(options: argparse.Namespace) -> int:
     from matplotlib import pyplot as plt
     from rich.console import Console
 
-    from jax_mps.demo import digits
+    from jax_mps.demo import digits, photographs
 
     console = Console()
     start = time.perf_counter()
-    parts = [digits.run(console, options.seed)]
+    parts = [part.run(console, options.seed) for part in (digits, photographs)]
 
     figure = plt.figure(figsize=(10, 7 * len(parts)), layout="constrained")
     for part, panel in zip(parts, figure.subfigures(len(parts), squeeze=False)[:, 0], strict=True):

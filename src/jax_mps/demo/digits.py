@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -25,12 +23,13 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 import jax_mps
+from jax_mps.demo.part import Outcome, median_milliseconds
 
 if TYPE_CHECKING:
     from matplotlib.figure import SubFigure
     from rich.console import Console
 
-__all__ = ["Outcome", "run"]
+__all__ = ["run"]
 
 _EPOCHS = 30
 _BATCH = 64
@@ -39,13 +38,6 @@ _TIMED_ROUNDS = 31
 _DEMANDED_ACCURACY = 0.95
 
 Params = dict[str, jax.Array]
-
-
-class Outcome(NamedTuple):
-    """What a part of the demonstration leaves behind."""
-
-    passed: bool
-    draw: Callable[[SubFigure], None]
 
 
 # --- the network --------------------------------------------------------------------------------------
@@ -210,19 +202,10 @@ def train(
     return params, [float(value) for value in losses]
 
 
-def time_steps(params: Params, images: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
+def time_steps(params: Params, images: np.ndarray, labels: np.ndarray) -> list[float]:
     """The median milliseconds of a gradient of the network, on our pooling and on stock pooling."""
     gradients = [jax.jit(jax.grad(functools.partial(loss, pool))) for pool in (OURS, STOCK)]
-    batch = jax.device_put((images, labels))
-    samples: list[list[float]] = [[], []]
-    for round_ in range(_TIMED_ROUNDS + 1):
-        for gradient, times in zip(gradients, samples, strict=True):
-            start = time.perf_counter()
-            jax.block_until_ready(gradient(params, *batch))
-            if round_ > 0:  # the first compiles
-                times.append(1e3 * (time.perf_counter() - start))
-    ours, stock = map(statistics.median, samples)
-    return ours, stock
+    return median_milliseconds(gradients, (params, images, labels), _TIMED_ROUNDS)
 
 
 # --- the picture --------------------------------------------------------------------------------------
