@@ -30,6 +30,9 @@ _HANDLERS = {
     "l2_pool_gradient": "JaxMpsL2PoolGradient",
     "max_unpool": "JaxMpsMaxUnpool",
     "max_unpool_take": "JaxMpsMaxUnpoolTake",
+    "conv_transpose": "JaxMpsConvTranspose",
+    "conv_transpose_gradient_data": "JaxMpsConvTransposeGradientData",
+    "conv_transpose_gradient_weights": "JaxMpsConvTransposeGradientWeights",
 }
 
 

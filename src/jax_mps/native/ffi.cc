@@ -4,15 +4,13 @@
 #include <cstring>
 #include <string>
 
-#include "kernels.h"
-#include "xla/ffi/api/ffi.h"
+#include "call.h"
+#include "conv_geometry.h"
 
 namespace ffi = xla::ffi;
 
 namespace jax_mps {
 namespace {
-
-using Integers = ffi::Span<const int64_t>;
 
 struct WindowAttrs {
   int64_t start;
@@ -49,17 +47,8 @@ XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(jax_mps::PlaneAttrs, ffi::StructMember<int
                                       ffi::StructMember<int64_t>("rank"));
 
 namespace jax_mps {
-namespace {
-
-using Operand = ffi::AnyBuffer;
-using Result = ffi::Result<ffi::AnyBuffer>;
 
 // ---- The processor.
-
-struct InstructionSet {
-  const char* name;
-  bool (*execute)(const Problem&);
-};
 
 const InstructionSet& ThisInstructionSet() {
   static const InstructionSet chosen = [] {
@@ -75,13 +64,13 @@ const InstructionSet& ThisInstructionSet() {
     if (limit == nullptr) limit = "";
     const bool at_most_v2 = std::strcmp(limit, "x86-64-v2") == 0;
     const bool at_most_v3 = at_most_v2 || std::strcmp(limit, "x86-64-v3") == 0;
-    if (v4 && !at_most_v3) return InstructionSet{"x86-64-v4", x86_64_v4::Execute};
-    if (v3 && !at_most_v2) return InstructionSet{"x86-64-v3", x86_64_v3::Execute};
-    return InstructionSet{"x86-64-v2", x86_64_v2::Execute};
+    if (v4 && !at_most_v3) return InstructionSet{"x86-64-v4", x86_64_v4::Execute, x86_64_v4::Execute};
+    if (v3 && !at_most_v2) return InstructionSet{"x86-64-v3", x86_64_v3::Execute, x86_64_v3::Execute};
+    return InstructionSet{"x86-64-v2", x86_64_v2::Execute, x86_64_v2::Execute};
 #elif defined(__aarch64__)
-    return InstructionSet{"aarch64", baseline::Execute};
+    return InstructionSet{"aarch64", baseline::Execute, baseline::Execute};
 #else
-    return InstructionSet{"baseline", baseline::Execute};
+    return InstructionSet{"baseline", baseline::Execute, baseline::Execute};
 #endif
   }();
   return chosen;
@@ -105,13 +94,9 @@ Type TypeOf(ffi::DataType type) {
   }
 }
 
-bool IsFloat(Type type) {
-  return type == Type::kF32 || type == Type::kF64 || type == Type::kF16 || type == Type::kBF16;
-}
+namespace {
 
 bool IsTap(Type type) { return type == Type::kS8 || type == Type::kS16 || type == Type::kS32; }
-
-Type Accumulator(Type type) { return type == Type::kF64 ? Type::kF64 : Type::kF32; }
 
 // A call while it is checked: the first complaint stays.
 class Call {
@@ -384,30 +369,8 @@ ffi::Error MaxUnpoolTake(ffi::ThreadPool pool, PlaneAttrs attrs, Operand image, 
   return call.Run(pool);
 }
 
-// A binding of `operands` arrays, `results` arrays and attributes, for handlers of the order (pool, attributes, arrays).
-template <class Attrs, int operands, int results>
-auto Bind() {
-  auto binding = [] {
-    auto call = ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Attrs<Attrs>();
-    if constexpr (operands == 1) return std::move(call).template Arg<ffi::AnyBuffer>();
-    if constexpr (operands == 2) return std::move(call).template Arg<ffi::AnyBuffer>().template Arg<ffi::AnyBuffer>();
-    if constexpr (operands == 3) {
-      return std::move(call).template Arg<ffi::AnyBuffer>().template Arg<ffi::AnyBuffer>().template Arg<ffi::AnyBuffer>();
-    }
-  }();
-  if constexpr (results == 1) return std::move(binding).template Ret<ffi::AnyBuffer>();
-  if constexpr (results == 2) return std::move(binding).template Ret<ffi::AnyBuffer>().template Ret<ffi::AnyBuffer>();
-}
-
 }  // namespace
 }  // namespace jax_mps
-
-// The symbols, the only ones the library shows.
-#define JAX_MPS_EXPORT extern "C" __attribute__((visibility("default")))
-
-#define JAX_MPS_HANDLER(name, attrs, operands, results)                 \
-  JAX_MPS_EXPORT XLA_FFI_Error* JaxMps##name(XLA_FFI_CallFrame* frame); \
-  XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxMps##name, jax_mps::name, (jax_mps::Bind<jax_mps::attrs, operands, results>()))
 
 JAX_MPS_HANDLER(MaxPool, WindowAttrs, 1, 1);
 JAX_MPS_HANDLER(MaxPoolIndex, WindowAttrs, 1, 1);

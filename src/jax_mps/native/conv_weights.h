@@ -1,0 +1,488 @@
+// The weight gradient: dW[tap, out, in] = sum over windows of image[pixel(window, tap), out] * source[window, in].
+//
+// Windows are worked on in blocks. Of each block one side becomes tiles of kRows columns, the other panels of vectors, both
+// packed window by window. Many windows and few weights are split among tasks, whose partial sums are added in a fixed order.
+
+constexpr int64_t kBlock = 256;  // windows
+
+// Windows [begin, begin + count) of the row (plane, line) of image `batch`; the first of them is number `at` of its block.
+struct Piece {
+  int64_t batch, plane, line, begin, count, at;
+};
+
+template <class Body>
+inline void ForPieces(const ConvProblem& p, Interval windows, const Body& body) {
+  const int64_t width = p.axis[2].windows;
+  for (int64_t w = windows.begin; w < windows.end;) {
+    const int64_t line = w / width, begin = w % width;
+    const int64_t count = Least(width - begin, windows.end - w);
+    body(Piece{line / p.axis[1].windows / p.axis[0].windows, line / p.axis[1].windows % p.axis[0].windows,
+               line % p.axis[1].windows, begin, count, w - windows.begin});
+    w += count;
+  }
+}
+
+// One operand as columns: channels of the source, or of the pixels that a window touches through a run of taps.
+template <class T>
+struct Columns {
+  const ConvProblem& problem;
+  Array<const T> array;
+  bool image;
+  int64_t runs, width;  // columns: runs * width
+  int64_t run_taps;     // adjacent taps in a run
+  int64_t group;        // first channel
+
+  // The row that a run reads for a piece: elements first + step * window + column, where inside [0, limit).
+  struct Line {
+    const T* data;
+    int64_t first, step, limit;
+  };
+  Line At(const Piece& piece, int64_t run) const {
+    if (!image) {
+      return {array.data + array.row(piece.batch, piece.plane, piece.line), piece.begin * array.channels + group,
+              array.channels, array.size[2] * array.channels};
+    }
+    const ConvAxis* axis = problem.axis;
+    const int64_t runs_of_row = axis[2].kernel / run_taps;
+    const int64_t tap[3] = {run / runs_of_row / axis[1].kernel, run / runs_of_row % axis[1].kernel, run % runs_of_row};
+    const int64_t i = axis[0].stride * piece.plane - axis[0].lo + axis[0].dilation * tap[0];
+    const int64_t j = axis[1].stride * piece.line - axis[1].lo + axis[1].dilation * tap[1];
+    if (i < 0 || i >= axis[0].pixels || j < 0 || j >= axis[1].pixels) return {array.data, 0, 0, 0};
+    const int64_t k = axis[2].stride * piece.begin - axis[2].lo + axis[2].dilation * tap[2];
+    return {array.data + array.row(piece.batch, i, j), k * array.channels + group, axis[2].stride * array.channels,
+            array.size[2] * array.channels};
+  }
+
+  // Columns [column, column + count) of a run for all windows of a block, `pitch` apart; zeros outside the image.
+  template <int kCount>
+  void PackColumns(Interval windows, int64_t run, int64_t column, int64_t count, int64_t pitch, T* to) const {
+    if constexpr (kCount > 0) count = kCount;
+    ForPieces(problem, windows, [&](const Piece& piece) {
+      const Line line = At(piece, run);
+      const int64_t first = line.first + column;
+      T* out = to + piece.at * pitch;
+      int64_t begin = 0, end = 0;  // windows all of whose columns are inside
+      if (line.limit > 0) {
+        begin = first >= 0 ? 0 : Least(piece.count, (line.step - 1 - first) / line.step);
+        end = first + count > line.limit ? 0 : Least(piece.count, (line.limit - count - first) / line.step + 1);
+        if (end < begin) end = begin;
+      }
+      for (int64_t w = 0; w < piece.count; ++w) {
+        if (w == begin) w = end;
+        if (w == piece.count) break;
+        for (int64_t c = 0; c < count; ++c) {
+          const int64_t at = first + w * line.step + c;
+          out[w * pitch + c] = at >= 0 && at < line.limit ? line.data[at] : 0;
+        }
+      }
+      const T* from = line.data + first;
+      for (int64_t w = begin; w < end; ++w) {
+        for (int64_t c = 0; c < count; ++c) out[w * pitch + c] = from[w * line.step + c];
+      }
+    });
+  }
+};
+
+// sum[r][v] += rows[window][r] * panel[window][v] over a block of windows.
+template <int R, int V, class T>
+inline void MultiplyBlock(int64_t windows, const T* rows, const T* panel, T* sums) {
+  constexpr int kN = kLanes<T>;
+  Vec<T, kN> sum[R][V];
+  for (int r = 0; r < R; ++r) {
+    for (int v = 0; v < V; ++v) sum[r][v] = LoadRaw<T, kN>(sums + (r * V + v) * kN);
+  }
+  for (int64_t w = 0; w < windows; ++w, rows += R, panel += V * kN) {
+    Vec<T, kN> vector[V];
+    for (int v = 0; v < V; ++v) vector[v] = LoadRaw<T, kN>(panel + v * kN);
+    for (int r = 0; r < R; ++r) {
+      const auto element = Broadcast<T, kN>(rows[r]);
+      for (int v = 0; v < V; ++v) sum[r][v] += element * vector[v];
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    for (int v = 0; v < V; ++v) StoreRaw<kN>(sums + (r * V + v) * kN, sum[r][v]);
+  }
+}
+
+template <int R, int V, class T>
+inline void MultiplyBlock(int64_t height, int64_t vectors, int64_t windows, const T* rows, const T* panel, T* sums) {
+  if constexpr (V > 1) {
+    if (vectors < V) return MultiplyBlock<R, V - 1>(height, vectors, windows, rows, panel, sums);
+  }
+  if constexpr (R > 1) {
+    if (height < R) return MultiplyBlock<R - 1, V>(height, vectors, windows, rows, panel, sums);
+  }
+  MultiplyBlock<R, V>(windows, rows, panel, sums);
+}
+
+// The shared part: where partial sums go, and how they become the result.
+template <class T>
+struct Partial {
+  T* sums;
+  int64_t size, splits;  // weights; partial sums of each
+};
+
+template <class R, class T>
+bool Finish(const Schedule& schedule, const Partial<T>& partial, R* result) {
+  constexpr int64_t kPart = 4096;
+  struct Context {
+    const Partial<T>& partial;
+    R* result;
+  };
+  const Context context = {partial, result};
+  const auto body = [](const void* data, int64_t begin, int64_t end) {
+    const Context& c = *static_cast<const Context*>(data);
+    const int64_t first = begin * kPart, last = Least(end * kPart, c.partial.size);
+    Sweep<kLanes<T>>(last - first, [&](auto lanes, auto vectors, int64_t i) {
+      constexpr int kN = decltype(lanes)::value;
+      for (int v = 0; v < decltype(vectors)::value; ++v, i += kN) {
+        const T* from = c.partial.sums + first + i;
+        auto sum = LoadRaw<T, kN>(from);
+        for (int64_t s = 1; s < c.partial.splits; ++s) sum += LoadRaw<T, kN>(from + s * c.partial.size);
+        Store<kN>(c.result + first + i, sum);
+      }
+    });
+    return true;
+  };
+  return ParallelFor(schedule, (partial.size + kPart - 1) / kPart, kPart * sizeof(T) * partial.splits, body, &context);
+}
+
+template <class T>
+struct WeightTask {
+  const ConvProblem& problem;
+  KernelLayout layout;
+  Columns<T> row_side, lane_side;  // of group 0
+  Partial<T> partial;
+  int64_t windows;
+  int64_t tiles_of_run, tiles, row_blocks, panels, lane_blocks;
+
+  Lanes<T> lanes() const { return {lane_side.width}; }
+  static constexpr int64_t kTile = kRows * kPanel * kLanes<T>;
+
+  int64_t units() const { return problem.groups * row_blocks * lane_blocks * partial.splits; }
+  int64_t tiles_of_block() const { return (tiles + row_blocks - 1) / row_blocks; }
+  int64_t panels_of_block() const { return (panels + lane_blocks - 1) / lane_blocks; }
+
+  // Columns of tile t.
+  Interval Height(int64_t t) const {
+    const int64_t i = t % tiles_of_run;
+    return {row_side.width * i / tiles_of_run, row_side.width * (i + 1) / tiles_of_run};
+  }
+  int64_t Vectors(int64_t panel) const { return Least(kPanel, lanes().vectors() - panel % lanes().panels() * kPanel); }
+  int64_t Start(int64_t panel, int64_t v) const { return lanes().start(panel % lanes().panels() * kPanel + v); }
+
+  // Where a weight lies but for its group.
+  int64_t Entry(const Columns<T>& side, int64_t run, int64_t column) const {
+    if (!side.image) return column * layout.in;
+    const int64_t out = problem.out / problem.groups;
+    return (run * side.run_taps + column / out) * layout.tap + column % out * layout.out;
+  }
+
+  bool Padded(Interval block) const {
+    bool padded = false;
+    ForPieces(problem, block, [&](const Piece& piece) {
+      const int64_t first[3] = {piece.plane, piece.line, piece.begin};
+      const int64_t last[3] = {piece.plane, piece.line, piece.begin + piece.count - 1};
+      for (int a = 0; a < 3; ++a) {
+        const ConvAxis& axis = problem.axis[a];
+        padded |= axis.stride * first[a] < axis.lo ||
+                  axis.stride * last[a] - axis.lo + axis.dilation * (axis.kernel - 1) >= axis.pixels;
+      }
+    });
+    return padded;
+  }
+
+  static bool Finite(T value) { return value - value == 0; }
+
+  // Zeros for what is not finite, which must not meet the zeros of padding; false if there was nothing.
+  static bool Clean(T* numbers, int64_t count) {
+    Vec<T, kLanes<T>> sum = {};
+    int64_t i = 0;
+    for (; i + kLanes<T> <= count; i += kLanes<T>) {
+      const auto v = LoadRaw<T, kLanes<T>>(numbers + i);
+      sum += v - v;
+    }
+    bool found = false;
+    for (; i < count; ++i) found |= !Finite(numbers[i]);
+    for (int lane = 0; lane < kLanes<T>; ++lane) found |= sum[lane] != 0;
+    for (i = 0; found && i < count; ++i) {
+      if (!Finite(numbers[i])) numbers[i] = 0;
+    }
+    return found;
+  }
+
+  // Adds the products that Clean took away.
+  void Repair(Interval block, const Columns<T>& rows, const Columns<T>& columns, int64_t tile, int64_t panel, T* sums) const {
+    const Interval height = Height(tile);
+    const int64_t vectors = Vectors(panel);
+    ForPieces(problem, block, [&](const Piece& piece) {
+      const auto row_line = rows.At(piece, tile / tiles_of_run);
+      const auto lane_line = columns.At(piece, panel / lanes().panels());
+      const auto get = [](const auto& line, int64_t w, int64_t column, T& value) {
+        const int64_t at = line.first + w * line.step + column;
+        if (at < 0 || at >= line.limit) return false;
+        value = line.data[at];
+        return true;
+      };
+      for (int64_t w = 0; w < piece.count; ++w) {
+        for (int64_t r = height.begin; r < height.end; ++r) {
+          T a, b;
+          if (!get(row_line, w, r, a) || (!rows.image && Finite(a))) continue;
+          for (int64_t v = 0; v < vectors; ++v) {
+            for (int64_t lane = 0; lane < kLanes<T> && Start(panel, v) + lane < lane_side.width; ++lane) {
+              if (!get(lane_line, w, Start(panel, v) + lane, b) || (rows.image && Finite(b))) continue;
+              sums[((r - height.begin) * vectors + v) * kLanes<T> + lane] += a * b;
+            }
+          }
+        }
+      }
+    });
+  }
+
+  bool Work(int64_t unit) const {
+    constexpr int kN = kLanes<T>;
+    const int64_t split = unit % partial.splits;
+    unit /= partial.splits;
+    const int64_t lane_block = unit % lane_blocks, row_block = unit / lane_blocks % row_blocks;
+    const int64_t group = unit / lane_blocks / row_blocks;
+    const Interval t = {tiles * row_block / row_blocks, tiles * (row_block + 1) / row_blocks};
+    const Interval p = {panels * lane_block / lane_blocks, panels * (lane_block + 1) / lane_blocks};
+    Columns<T> rows = row_side, columns = lane_side;
+    rows.group = group * (rows.image ? problem.out : problem.in) / problem.groups;
+    columns.group = group * (columns.image ? problem.out : problem.in) / problem.groups;
+
+    const int64_t sum_room = tiles_of_block() * panels_of_block() * kTile, row_room = tiles_of_block() * kRows * kBlock;
+    T* sums = static_cast<T*>(Scratch((sum_room + row_room + kBlock * kPanel * kN) * sizeof(T)));
+    if (sums == nullptr) return false;
+    T* packed_rows = sums + sum_room;
+    T* packed_panel = packed_rows + row_room;
+    for (int64_t i = 0; i < sum_room; ++i) sums[i] = 0;
+
+    const int64_t end = windows * (split + 1) / partial.splits;
+    for (int64_t begin = windows * split / partial.splits; begin < end; begin += kBlock) {
+      const Interval block = {begin, Least(begin + kBlock, end)};
+      const int64_t count = block.end - block.begin;
+      const bool padded = Padded(block);
+      bool row_repair = false;
+      for (int64_t i = t.begin; i < t.end; ++i) {
+        const Interval height = Height(i);
+        T* to = packed_rows + (i - t.begin) * kRows * kBlock;
+        const int64_t h = height.end - height.begin;
+        if (h == kRows) {
+          rows.template PackColumns<kRows>(block, i / tiles_of_run, height.begin, h, h, to);
+        } else {
+          rows.template PackColumns<0>(block, i / tiles_of_run, height.begin, h, h, to);
+        }
+        if (padded && !rows.image) row_repair |= Clean(to, h * count);
+      }
+      for (int64_t q = p.begin; q < p.end; ++q) {
+        const int64_t vectors = Vectors(q);
+        for (int64_t v = 0; v < vectors; ++v) {
+          const int64_t width = Least(kN, lane_side.width);
+          T* to = packed_panel + v * kN;
+          if (width == kN) {
+            columns.template PackColumns<kN>(block, q / lanes().panels(), Start(q, v), kN, vectors * kN, to);
+          } else {
+            for (int64_t w = 0; w < count; ++w) {
+              for (int64_t lane = width; lane < kN; ++lane) to[w * vectors * kN + lane] = 0;
+            }
+            columns.template PackColumns<0>(block, q / lanes().panels(), Start(q, v), width, vectors * kN, to);
+          }
+        }
+        const bool repair = (padded && rows.image && Clean(packed_panel, count * vectors * kN)) || row_repair;
+        for (int64_t i = t.begin; i < t.end; ++i) {
+          const Interval height = Height(i);
+          T* to = sums + ((i - t.begin) * panels_of_block() + q - p.begin) * kTile;
+          MultiplyBlock<kRows, kPanel>(height.end - height.begin, vectors, count, packed_rows + (i - t.begin) * kRows * kBlock,
+                                       packed_panel, to);
+          if (repair) Repair(block, rows, columns, i, q, to);
+        }
+      }
+    }
+
+    T* to = partial.sums + split * partial.size + layout.base + group * layout.group;
+    for (int64_t i = t.begin; i < t.end; ++i) {
+      const Interval height = Height(i);
+      for (int64_t q = p.begin; q < p.end; ++q) {
+        const int64_t vectors = Vectors(q);
+        const T* tile = sums + ((i - t.begin) * panels_of_block() + q - p.begin) * kTile;
+        for (int64_t r = height.begin; r < height.end; ++r) {
+          T* row = to + Entry(rows, i / tiles_of_run, r);
+          for (int64_t v = 0; v < vectors; ++v, tile += kN) {
+            const int64_t start = Start(q, v);
+            for (int64_t lane = 0; lane < kN && start + lane < lane_side.width; ++lane) {
+              row[Entry(columns, q / lanes().panels(), start + lane)] = tile[lane];
+            }
+          }
+        }
+      }
+    }
+    return true;
+  }
+};
+
+// Groups of few channels: lanes are output channels, of which each meets `depth` copies of the source.
+template <class T>
+struct AcrossTask {
+  const ConvProblem& problem;
+  KernelLayout layout;
+  Array<const T> image, source;  // the source has depth * pitch elements a window
+  int64_t depth, pitch;
+  Partial<T> partial;
+  int64_t windows;
+
+  int64_t units() const { return partial.splits; }
+
+  template <int V>
+  void Sum(const T* a, int64_t a_step, const T* b, int64_t b_step, int64_t count, T* sums) const {
+    constexpr int kN = kLanes<T>;
+    Vec<T, kN> sum[V] = {};
+    for (int64_t w = 0; w < count; ++w, a += a_step, b += b_step) {
+      for (int v = 0; v < V; ++v) sum[v] += LoadRaw<T, kN>(a + v * kN) * LoadRaw<T, kN>(b + v * kN);
+    }
+    for (int v = 0; v < V; ++v) StoreRaw<kN>(sums + v * kN, LoadRaw<T, kN>(sums + v * kN) + sum[v]);
+  }
+
+  bool Work(int64_t split) const {
+    constexpr int kN = kLanes<T>;
+    const ConvAxis* axis = problem.axis;
+    const int64_t lanes = image.channels;
+    const int64_t size = Taps(problem) * depth * pitch;
+    T* sums = static_cast<T*>(Scratch(size * sizeof(T)));
+    if (sums == nullptr) return false;
+    for (int64_t i = 0; i < size; ++i) sums[i] = 0;
+    ForPieces(problem, {windows * split / partial.splits, windows * (split + 1) / partial.splits}, [&](const Piece& piece) {
+      const T* x = source.data + source.row(piece.batch, piece.plane, piece.line);
+      for (int64_t tap = 0; tap < Taps(problem); ++tap) {
+        const int64_t k = tap % axis[2].kernel, rest = tap / axis[2].kernel;
+        const int64_t i = axis[0].stride * piece.plane - axis[0].lo + axis[0].dilation * (rest / axis[1].kernel);
+        const int64_t j = axis[1].stride * piece.line - axis[1].lo + axis[1].dilation * (rest % axis[1].kernel);
+        if (i < 0 || i >= axis[0].pixels || j < 0 || j >= axis[1].pixels) continue;
+        const int64_t first = axis[2].dilation * k - axis[2].lo;
+        const int64_t begin = Most(piece.begin, first >= 0 ? 0 : (axis[2].stride - 1 - first) / axis[2].stride);
+        const int64_t end = axis[2].pixels <= first ? 0 : Least(piece.begin + piece.count, (axis[2].pixels - 1 - first) / axis[2].stride + 1);
+        if (begin >= end) continue;
+        const T* g = image.data + image.row(piece.batch, i, j) + (axis[2].stride * begin + first) * image.channels;
+        for (int64_t d = 0; d < depth; ++d) {
+          const T* a = x + begin * source.channels + d * pitch;
+          T* to = sums + (tap * depth + d) * pitch;
+          const int64_t step = axis[2].stride * image.channels;
+          int64_t l = 0;
+          for (; l + 4 * kN <= lanes; l += 4 * kN) Sum<4>(a + l, source.channels, g + l, step, end - begin, to + l);
+          for (; l + kN <= lanes; l += kN) Sum<1>(a + l, source.channels, g + l, step, end - begin, to + l);
+          for (; l < lanes; ++l) {
+            T sum = 0;
+            for (int64_t w = 0; w < end - begin; ++w) sum += a[w * source.channels + l] * g[w * step + l];
+            to[l] += sum;
+          }
+        }
+      }
+    });
+    const int64_t out = problem.out / problem.groups;
+    for (int64_t tap = 0; tap < Taps(problem); ++tap) {
+      for (int64_t d = 0; d < depth; ++d) {
+        T* to = partial.sums + split * partial.size + layout.base + tap * layout.tap + d * layout.in;
+        const T* from = sums + (tap * depth + d) * pitch;
+        for (int64_t l = 0; l < lanes; ++l) to[l / out * layout.group + l % out * layout.out] = from[l];
+      }
+    }
+    return true;
+  }
+};
+
+template <class Task>
+bool RunTasks(const Task& task, const Schedule& schedule, double work) {
+  const auto body = [](const void* data, int64_t begin, int64_t end) {
+    for (int64_t unit = begin; unit < end; ++unit) {
+      if (!static_cast<const Task*>(data)->Work(unit)) return false;
+    }
+    return true;
+  };
+  return ParallelFor(schedule, task.units(), static_cast<int64_t>(work / 4 / task.units()) + 1024, body, &task);
+}
+
+// A whole array as a tile.
+template <class E, class T>
+bool StageAll(const ConvProblem& problem, const Array<const E>& from, int64_t pitch, int64_t depth, int64_t narrow, T* to) {
+  struct Context {
+    const ConvProblem& problem;
+    const Array<const E>& from;
+    int64_t pitch, depth, narrow;
+    T* to;
+  };
+  const Context context = {problem, from, pitch, depth, narrow, to};
+  const int64_t units = problem.batch * from.size[0] * from.size[1];
+  const auto body = [](const void* data, int64_t begin, int64_t end) {
+    const Context& c = *static_cast<const Context*>(data);
+    const int64_t lines = c.from.size[1], planes = c.from.size[0];
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t j = unit % lines, i = unit / lines % planes, b = unit / lines / planes;
+      Stage<E>(c.from, {{{b, b + 1}, {i, i + 1}, {j, j + 1}, {0, c.from.size[2]}}}, c.to + unit * c.from.size[2] * c.pitch,
+               c.pitch, c.depth, c.narrow);
+    }
+    return true;
+  };
+  return units == 0 || ParallelFor(*problem.schedule, units, from.size[2] * pitch * sizeof(T), body, &context);
+}
+
+template <class E, class R>
+bool WeightGradient(const ConvProblem& problem) {
+  using T = Acc<E>;
+  const int64_t groups = problem.groups, in = problem.in / groups, out = problem.out / groups;
+  const int64_t taps = Taps(problem);
+  const Array<const E> image = Image<const E>(problem, const_cast<void*>(problem.operand[0]));
+  const Array<const E> source = Windows<const E>(problem, const_cast<void*>(problem.operand[1]));
+  const bool across = groups > 1 && in > 0 && 2 * out <= kLanes<T> && in <= kLanes<T>;
+  const int64_t copies = across ? in : 1, pitch = across ? problem.out : problem.in;
+
+  const bool direct = problem.channels_last && std::is_same_v<E, T>;
+  const bool direct_source = direct && (!across || (in == 1 && out == 1));
+  const int64_t image_size = problem.batch * image.pixels() * image.channels;
+  const int64_t source_size = problem.batch * source.pixels() * copies * pitch;
+  const Buffer image_buffer(direct ? 0 : image_size * static_cast<int64_t>(sizeof(T)));
+  const Buffer source_buffer(direct_source ? 0 : source_size * static_cast<int64_t>(sizeof(T)));
+  if (image_buffer.data() == nullptr || source_buffer.data() == nullptr) return false;
+  T* image_copy = static_cast<T*>(image_buffer.data());
+  T* source_copy = static_cast<T*>(source_buffer.data());
+  if (!direct && !StageAll<E>(problem, image, image.channels, 1, 1, image_copy)) return false;
+  if (!direct_source && !StageAll<E>(problem, source, copies * pitch, copies, across ? out : 1, source_copy)) return false;
+  const Array<const T> g = {direct ? reinterpret_cast<const T*>(image.data) : image_copy,
+                            {image.size[0], image.size[1], image.size[2]}, image.channels, true};
+  const Array<const T> x = {direct_source ? reinterpret_cast<const T*>(source.data) : source_copy,
+                            {source.size[0], source.size[1], source.size[2]}, copies * pitch, true};
+
+  const int64_t windows = problem.batch * source.pixels(), size = taps * in * problem.out;
+  const double work = 2.0 * windows * taps * in * problem.out;
+  constexpr int64_t kPartials = 4 << 20;  // elements
+  const auto split = [&](int64_t others) {
+    const int64_t wanted = Least((32 + others - 1) / others, windows / (2 * kBlock));
+    return Most(1, Least(wanted, kPartials / Most(1, size)));
+  };
+  const KernelLayout layout = LayoutOf(problem);
+  const auto finish = [&](auto task) {
+    const bool at_once = task.partial.splits == 1 && std::is_same_v<R, T>;
+    const Buffer sums(at_once ? 0 : task.partial.splits * size * static_cast<int64_t>(sizeof(T)));
+    if (sums.data() == nullptr) return false;
+    task.partial.sums = static_cast<T*>(at_once ? problem.result : sums.data());
+    if (!RunTasks(task, *problem.schedule, work)) return false;
+    return at_once || Finish(*problem.schedule, task.partial, static_cast<R*>(problem.result));
+  };
+  if (across) {
+    return finish(AcrossTask<T>{problem, layout, g, x, in, pitch, {nullptr, size, split(1)}, windows});
+  }
+
+  const bool joined = groups == 1 && problem.axis[2].dilation == 1;
+  const int64_t run_taps = joined ? problem.axis[2].kernel : 1;
+  const Columns<T> image_side = {problem, g, true, taps / run_taps, run_taps * out, run_taps, 0};
+  const Columns<T> source_side = {problem, x, false, 1, in, 1, 0};
+  const bool swap = in < kLanes<T> && image_side.width > in;
+  WeightTask<T> task = {problem, layout, swap ? source_side : image_side, swap ? image_side : source_side,
+                        {nullptr, size, 1}, windows, 0, 0, 0, 0, 0};
+  task.tiles_of_run = (task.row_side.width + kRows - 1) / kRows;
+  task.tiles = task.row_side.runs * task.tiles_of_run;
+  task.panels = task.lane_side.runs * task.lanes().panels();
+  task.lane_blocks = (task.panels + 15) / 16;
+  task.row_blocks = (task.tiles + 23) / 24;
+  task.partial.splits = split(groups * task.row_blocks * task.lane_blocks);
+  return finish(task);
+}
