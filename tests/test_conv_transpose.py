@@ -310,8 +310,8 @@ def test_nan_and_infinity_reach_what_they_feed(name, op, operand, implementation
     for poison in (np.nan, np.inf):
         # In channel 0, in the corner, where windows reach into the padding.
         poisoned = getattr(arrays, which).copy()
-        corner = (0,) * case.rank if which == "kernel" else (0, *[slice(2)] * case.rank)
-        poisoned[(*corner, ..., 0)] = poison
+        corner = (0,) * poisoned.ndim if which == "kernel" else (0, *[slice(2)] * case.rank, 0)
+        poisoned[corner] = poison
         bad = arrays._replace(**{which: poisoned})
         with np.errstate(invalid="ignore"):
             expected = op.expect(bad, **case.call)
