@@ -83,13 +83,55 @@ def lines(
     ceil_mode: bool = False,
 ) -> tuple[Line, ...]:
     rank = len(window_shape)
-
-    def each(value: Any) -> Sequence[Any]:
-        return value if isinstance(value, tuple | list) else (value,) * rank
-
-    pads = [(p, p) if isinstance(p, int) else p for p in each(padding)]
-    axes = zip(sizes, window_shape, each(strides), each(window_dilation), pads, strict=True)
+    pads = [(p, p) if isinstance(p, int) else p for p in each_axis(padding, rank)]
+    others = [each_axis(v, rank) for v in (strides, window_dilation)]
+    axes = zip(sizes, window_shape, *others, pads, strict=True)
     return tuple(line(n, k, s, d, p, ceil_mode) for n, k, s, d, p in axes)
+
+
+def transposed_line(
+    length: int, kernel: int, stride: int, dilation: int, padding: Any, output_padding: int
+) -> Line:
+    """The windows of a transposed convolution: those of the convolution whose result has `length` pixels."""
+    extent = (kernel - 1) * dilation + 1
+    covered = (length - 1) * stride + extent
+    if padding == "SAME":
+        missing = max(covered - length * stride, 0)
+        return Line(length * stride, kernel, stride, dilation, missing // 2, length, 0, length * stride)
+    lo, hi = (0, 0) if padding == "VALID" else padding
+    size = covered - lo - hi + output_padding
+    return Line(size, kernel, stride, dilation, lo, length, 0, size)
+
+
+def mps_transposed_line(length: int, kernel: int, stride: int, dilation: int, total: int, size: int) -> Line:
+    """The windows of an MPS transposed convolution with a total offset.
+
+    It reads the expanded image at `i + total - floor(extent / 2) + dilation * m` for tap m, so pixel j of the
+    source, at `stride * j` there, feeds `i = stride * j - total + floor(extent / 2) - dilation * m`. Tap k of
+    a window is tap m = kernel - 1 - k.
+    """
+    extent = (kernel - 1) * dilation + 1
+    lo = total - math.floor(extent / 2) + dilation * (kernel - 1)
+    return Line(size, kernel, stride, dilation, lo, length, 0, size)
+
+
+def each_axis(value: Any, rank: int) -> Sequence[Any]:
+    return value if isinstance(value, tuple | list) else (value,) * rank
+
+
+def transposed_lines(
+    lengths: Sequence[int],
+    window_shape: Sequence[int],
+    strides: Any = 1,
+    padding: Any = "VALID",
+    output_padding: Any = 0,
+    kernel_dilation: Any = 1,
+) -> tuple[Line, ...]:
+    rank = len(window_shape)
+    pads = [(p, p) if isinstance(p, int) else p for p in each_axis(padding, rank)]
+    others = [each_axis(v, rank) for v in (strides, kernel_dilation)]
+    axes = zip(lengths, window_shape, *others, pads, each_axis(output_padding, rank), strict=True)
+    return tuple(transposed_line(*axis) for axis in axes)
 
 
 def windows(axes: Sequence[Line], edge: str) -> Iterator[tuple[Pixel, list[Pixel | None]]]:
@@ -176,6 +218,80 @@ def norm_gradient_of(g: np.ndarray, x: np.ndarray, axes: Sequence[Line], edge: s
 def counted(axes: Sequence[Line], bands: Sequence[tuple[int, int]]) -> Callable[[Pixel], int]:
     """A divisor: the taps in the image or in a band around it, axis by axis."""
     return lambda i: math.prod(a.count(n, band) for a, n, band in zip(axes, i, bands, strict=True))
+
+
+# --- transposed convolution on (spatial..., groups, channels of a group, vector) ------------------------
+#
+# Kernels are `(*window, groups, out / groups, in / groups)`.
+
+
+def products(axes: Sequence[Line]) -> Iterator[tuple[Pixel, Pixel, Pixel]]:
+    """Every pixel of the source, every tap, and the pixel of the result where they meet."""
+    for j in np.ndindex(*(a.out for a in axes)):
+        for k in itertools.product(*(range(a.kernel) for a in axes)):
+            i = tuple(a.tap(*at) for a, at in zip(axes, zip(j, k, strict=True), strict=True))
+            if all(0 <= t < a.size for t, a in zip(i, axes, strict=True)):
+                yield i, j, k
+
+
+def transposed_of(x: np.ndarray, kernel: np.ndarray, axes: Sequence[Line]) -> np.ndarray:
+    groups, outputs = kernel.shape[len(axes) : len(axes) + 2]
+    y = np.zeros((*(a.size for a in axes), groups, outputs, x.shape[-1]))
+    for i, j, k in products(axes):
+        y[i] += kernel[k] @ x[j]
+    return y
+
+
+def transposed_data_of(g: np.ndarray, kernel: np.ndarray, axes: Sequence[Line]) -> np.ndarray:
+    groups, inputs = kernel.shape[len(axes)], kernel.shape[-1]
+    dx = np.zeros((*(a.out for a in axes), groups, inputs, g.shape[-1]))
+    for i, j, k in products(axes):
+        dx[j] += kernel[k].swapaxes(-1, -2) @ g[i]
+    return dx
+
+
+def transposed_weights_of(g: np.ndarray, x: np.ndarray, axes: Sequence[Line]) -> np.ndarray:
+    dk = np.zeros((*(a.kernel for a in axes), *g.shape[-3:-1], x.shape[-2]))
+    for i, j, k in products(axes):
+        dk[k] += g[i] @ x[j].swapaxes(-1, -2)
+    return dk
+
+
+def kernel_in(kernel: Any, groups: int, transpose_kernel: bool) -> np.ndarray:
+    """From `(*window, out / groups, in)`, or the mirrored `(*window, in / groups, out)`."""
+    kernel = np.asarray(kernel, np.float64)
+    *window, per_group, full = kernel.shape
+    kernel = kernel.reshape(*window, per_group, groups, full // groups)
+    if transpose_kernel:
+        return kernel.swapaxes(-3, -2)
+    return np.moveaxis(np.flip(kernel, range(len(window))), -3, -1)
+
+
+def kernel_out(kernel: np.ndarray, groups: int, transpose_kernel: bool) -> np.ndarray:
+    """The inverse of `kernel_in`."""
+    window = kernel.shape[:-3]
+    if transpose_kernel:
+        kernel = kernel.swapaxes(-3, -2)
+    else:
+        kernel = np.flip(np.moveaxis(kernel, -1, -3), range(len(window)))
+    return kernel.reshape(*window, kernel.shape[-3], groups * kernel.shape[-1])
+
+
+def grouped(x: Any, rank: int, groups: int, data_format: str) -> np.ndarray:
+    """An image as (spatial..., groups, channels of a group, batch)."""
+    x = np.asarray(x, np.float64)
+    channel = x.ndim - 1 if data_format == "channels_last" else x.ndim - rank - 1
+    x = np.moveaxis(x, channel, -1)
+    batch, sizes, channels = x.shape[: -rank - 1], x.shape[-rank - 1 : -1], x.shape[-1]
+    x = x.reshape(math.prod(batch), *sizes, groups, channels // groups)
+    return np.moveaxis(x, 0, -1)
+
+
+def ungrouped(y: np.ndarray, rank: int, batch: Sequence[int], data_format: str) -> np.ndarray:
+    """The inverse of `grouped`."""
+    y = np.moveaxis(y, -1, 0)
+    y = y.reshape(*batch, *y.shape[1 : rank + 1], y.shape[-2] * y.shape[-1])
+    return y if data_format == "channels_last" else np.moveaxis(y, -1, -rank - 1)
 
 
 # --- the public functions -----------------------------------------------------------------------------
@@ -289,6 +405,60 @@ def max_unpool(
         if 0 <= indices[i] < len(x):
             x[indices[i], i[-1]] = y[i]
     return back(x.reshape(*output_shape, -1), shape, start, rank)
+
+
+def conv_transpose(
+    x: Any,
+    kernel: Any,
+    *,
+    groups: int = 1,
+    transpose_kernel: bool = False,
+    data_format: str = "channels_last",
+    **geometry: Any,
+) -> np.ndarray:
+    rank, shape = np.ndim(kernel) - 2, np.shape(x)
+    start = start_of(len(shape), rank, data_format)
+    axes = transposed_lines(shape[start : start + rank], np.shape(kernel)[:rank], **geometry)
+    y = transposed_of(
+        grouped(x, rank, groups, data_format), kernel_in(kernel, groups, transpose_kernel), axes
+    )
+    return ungrouped(y, rank, shape[: -rank - 1], data_format)
+
+
+def conv_transpose_gradient_data(
+    g: Any,
+    kernel: Any,
+    shape: Sequence[int],
+    *,
+    groups: int = 1,
+    transpose_kernel: bool = False,
+    data_format: str = "channels_last",
+    **geometry: Any,
+) -> np.ndarray:
+    rank = np.ndim(kernel) - 2
+    start = start_of(len(shape), rank, data_format)
+    axes = transposed_lines(shape[start : start + rank], np.shape(kernel)[:rank], **geometry)
+    dx = transposed_data_of(
+        grouped(g, rank, groups, data_format), kernel_in(kernel, groups, transpose_kernel), axes
+    )
+    return ungrouped(dx, rank, shape[: -rank - 1], data_format)
+
+
+def conv_transpose_gradient_weights(
+    g: Any,
+    x: Any,
+    kernel_shape: Sequence[int],
+    *,
+    groups: int = 1,
+    transpose_kernel: bool = False,
+    data_format: str = "channels_last",
+    **geometry: Any,
+) -> np.ndarray:
+    rank, shape = len(kernel_shape) - 2, np.shape(x)
+    start = start_of(len(shape), rank, data_format)
+    axes = transposed_lines(shape[start : start + rank], kernel_shape[:rank], **geometry)
+    g, x = (grouped(a, rank, groups, data_format) for a in (g, x))
+    return kernel_out(transposed_weights_of(g, x, axes), groups, transpose_kernel)
 
 
 # --- comparing ----------------------------------------------------------------------------------------

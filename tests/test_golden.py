@@ -1,12 +1,15 @@
 """The published one-row examples and small images of the MPS kernels, all parameters of them.
 
 `golden.json` was made from the documented formulas and checked against JAX, PyTorch and NumPy; each case
-lists with what. The functions here do what a class `MPSCNNPooling...` would: clip rectangle, offsets of
-images, channels and gradients, and the untouched rest of the destination are slices around one call.
+lists with what. The functions here do what a class `MPSCNNPooling...` or `MPSCNNConvolutionTranspose...`
+would: clip rectangle, offsets of images, channels and gradients, the untouched rest of the destination, bias
+and neuron are slices and sums around one call.
 """
 
 from __future__ import annotations
 
+import collections
+import functools
 import json
 import math
 from pathlib import Path
@@ -21,13 +24,18 @@ import oracle
 from jax_mps import geometry
 from jax_mps.avg_pool import gradient as average_gradient
 from jax_mps.avg_pool import pool as average_pool
+from jax_mps.conv_transpose import forward as transposed_forward
+from jax_mps.conv_transpose import gradient_data as transposed_data
+from jax_mps.conv_transpose import gradient_weights as transposed_weights
 from jax_mps.l2_pool import gradient as l2_gradient
 from jax_mps.l2_pool import pool as l2_pool
 from jax_mps.max_pool import gradient as max_gradient
 from jax_mps.max_pool import pool as max_pool
 
 GOLDEN = json.loads((Path(__file__).parent / "golden.json").read_text())
-CASES = {case["id"]: case for case in GOLDEN["cases"]}
+ALL = {case["id"]: case for case in GOLDEN["cases"]}
+CASES = {name: case for name, case in ALL.items() if case["op"].startswith("pool")}
+CONVOLUTIONS = {name: case for name, case in ALL.items() if case["op"].startswith("conv_transpose")}
 KINDS = {"max": "max", "dilated_max": "max", "average": "average", "l2norm": "l2"}
 
 
@@ -73,6 +81,23 @@ class Library:
         static.pop("divisor")
         return self._call({"max": max_gradient, "l2": l2_gradient}[kind], g, x, **static)
 
+    def transposed(
+        self, op: str, a: np.ndarray, b: np.ndarray, axes: list[dict[str, int]], groups: int
+    ) -> np.ndarray:
+        """A transposed convolution ("forward") or one of its gradients ("data", "weights")."""
+        functions = {"forward": transposed_forward, "data": transposed_data, "weights": transposed_weights}
+        return self._call(
+            functools.partial(functions[op], out_dtype=np.dtype(self.dtype)),
+            a,
+            b,
+            window=geometry.Window(tuple(geometry.Axis.from_total_offset(**axis) for axis in axes)),
+            start=1,
+            channels_last=True,
+            groups=groups,
+            rotated=False,
+            precision=None,
+        )
+
 
 class Loops:
     """The same functions of the oracle, so that it too stands on the published numbers."""
@@ -114,6 +139,18 @@ class Loops:
             "l2": lambda: oracle.norm_gradient_of(g, spatial, lines, edge),
         }[kind]()
         return oracle.back(dx, x.shape, 1, 2)
+
+    def transposed(
+        self, op: str, a: np.ndarray, b: np.ndarray, axes: list[dict[str, int]], groups: int
+    ) -> np.ndarray:
+        lines = [oracle.mps_transposed_line(**axis) for axis in axes]
+        first = oracle.grouped(a, 2, groups, "channels_last")
+        if op == "weights":
+            second = oracle.grouped(b, 2, groups, "channels_last")
+            return oracle.kernel_out(oracle.transposed_weights_of(first, second, lines), groups, False)
+        function = oracle.transposed_of if op == "forward" else oracle.transposed_data_of
+        result = function(first, oracle.kernel_in(b, groups, False), lines)
+        return oracle.ungrouped(result, 2, a.shape[:1], "channels_last")
 
 
 def clip(params: dict[str, Any]) -> tuple[list[int], list[int]]:
@@ -214,6 +251,77 @@ def encode_gradient(case: dict[str, Any], kernels: Any) -> np.ndarray:
     return destination
 
 
+def transposed_axes(
+    case: dict[str, Any], lengths: tuple[int, ...], sizes: tuple[int, ...]
+) -> list[dict[str, int]]:
+    """The axes (y, x), of `lengths` pixels in the source and of `sizes` in the result."""
+    params = case["params"]
+    assert params.get("edge_mode", "zero") == "zero"
+    return [
+        {
+            "length": lengths[i],
+            "kernel": array(case["inputs"]["weights"]).shape[1 + i],
+            "stride": params["stride"][i],
+            "dilation": params["dilation"][i],
+            "total": params["offset"][c] * params["stride"][i] + params["kernel_offset"][c],
+            "size": sizes[i],
+        }
+        for i, c in enumerate("yx")
+    ]
+
+
+def neuron(x: np.ndarray, kind: str, a: float, b: float) -> np.ndarray:
+    if kind == "none":
+        return x
+    leaky = np.where(x >= 0, x, a * x)
+    return {"relu": leaky, "relun": np.minimum(leaky, b)}[kind]
+
+
+def encode_transposed(case: dict[str, Any], kernels: Any) -> dict[str, np.ndarray]:
+    params, (source, weights) = case["params"], (array(case["inputs"][n]) for n in ("source", "weights"))
+    origin, size = clip(params)
+    z = params["offset"]["z"]
+    source = source[z : z + size[0]]
+    axes = transposed_axes(case, source.shape[1:3], size[1:])
+    y = kernels.transposed("forward", source, weights.transpose(1, 2, 3, 0), axes, params["groups"])
+    if case["inputs"]["bias"] is not None:
+        y = y + array(case["inputs"]["bias"])
+    destination = np.full(params["destination_shape"], params["destination_fill"], np.float64)
+    block = tuple(slice(o, o + n) for o, n in zip(origin, size, strict=True))
+    destination[block] = neuron(y, *(params["neuron"][name] for name in ("type", "a", "b")))
+    return {"destination": destination}
+
+
+def encode_transposed_gradient(case: dict[str, Any], kernels: Any) -> dict[str, np.ndarray | None]:
+    params = case["params"]
+    g, source, weights = (array(case["inputs"][n]) for n in ("source_gradient", "source", "weights"))
+    axes = transposed_axes(case, source.shape[1:3], g.shape[1:3])
+    groups, option = params["groups"], params["gradient_option"]
+    out: dict[str, np.ndarray | None] = dict.fromkeys(case["outputs"])
+    if option & 1:
+        out["gradient_data"] = kernels.transposed("data", g, weights.transpose(1, 2, 3, 0), axes, groups)
+    if option & 2:
+        dk = kernels.transposed("weights", g, source, axes, groups)
+        out["gradient_weights"] = dk.transpose(3, 0, 1, 2)
+        out["gradient_biases"] = g.sum((0, 1, 2))
+    return out
+
+
+def check_transposed(case: dict[str, Any], kernels: Any, rtol: float) -> None:
+    forward = case["op"] == "conv_transpose_forward"
+    actual = (encode_transposed if forward else encode_transposed_gradient)(case, kernels)
+    assert actual.keys() == case["outputs"].keys()
+    for name, entry in case["outputs"].items():
+        if entry is None:
+            assert actual[name] is None
+            continue
+        expected = array(entry)
+        assert actual[name].shape == expected.shape
+        np.testing.assert_allclose(
+            actual[name], expected, rtol=rtol, atol=rtol * np.abs(expected).max(), err_msg=name
+        )
+
+
 def check(case: dict[str, Any], kernels: Any, rtol: float) -> None:
     encode = encode_forward if case["op"] == "pool_forward" else encode_gradient
     expected = array(case["outputs"]["destination"])
@@ -226,13 +334,16 @@ def fits_half(case: dict[str, Any]) -> bool:
     """Whether float16 holds every input exactly and every result at all."""
     inputs = [array(a) for a in case["inputs"].values() if a is not None]
     exact = all(np.array_equal(a, a.astype(np.float16).astype(np.float64), equal_nan=True) for a in inputs)
-    return exact and float(np.nanmax(np.abs(array(case["outputs"]["destination"])))) < 6e4
+    outputs = [array(a) for a in case["outputs"].values() if a is not None]
+    return exact and all(float(np.nanmax(np.abs(a))) < 6e4 for a in outputs)
 
 
 def test_the_file_is_complete():
-    count = {op: sum(c["op"] == op for c in CASES.values()) for op in ("pool_forward", "pool_gradient")}
-    assert count == {"pool_forward": 51, "pool_gradient": 47}
-    assert len(CASES) == len(GOLDEN["cases"]) == 98
+    count = collections.Counter(c["op"] for c in ALL.values())
+    pools = {"pool_forward": 51, "pool_gradient": 47}
+    convolutions = {"conv_transpose_forward": 24, "conv_transpose_gradient": 15}
+    assert count == pools | convolutions
+    assert len(CASES) + len(CONVOLUTIONS) == len(GOLDEN["cases"]) == 137
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -256,3 +367,23 @@ def test_float32(name, native):
 @pytest.mark.parametrize("name", [n for n, c in CASES.items() if fits_half(c)])
 def test_float16(name, native):
     check(CASES[name], Library("float16", "native"), GOLDEN["tolerance"]["float16"])
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_transposed_oracle(name):
+    check_transposed(CONVOLUTIONS[name], Loops(), GOLDEN["tolerance"]["float64"])
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_transposed_float64(name, implementation, x64):
+    check_transposed(CONVOLUTIONS[name], Library("float64", implementation), GOLDEN["tolerance"]["float64"])
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_transposed_float32(name, native):
+    check_transposed(CONVOLUTIONS[name], Library("float32", "native"), GOLDEN["tolerance"]["float32"])
+
+
+@pytest.mark.parametrize("name", [n for n, c in CONVOLUTIONS.items() if fits_half(c)])
+def test_transposed_float16(name, native):
+    check_transposed(CONVOLUTIONS[name], Library("float16", "native"), GOLDEN["tolerance"]["float16"])

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import convs
 import jax_mps
 import oracle
 from jax_mps import _compat
@@ -80,13 +81,28 @@ GEOMETRIES = (
 )  # fmt: skip
 
 
+# Transposed convolutions that take different ways through the kernels: many channels, few channels on either
+# side, depthwise, groups, windows that do not overlap, each large enough to be shared among threads.
+CONVOLUTIONS = (
+    (convs.Conv((33, 31), (4, 4), 2, 1, 0, 1, 40, 24), "channels_last"),
+    (convs.Conv((21, 19), (3, 3), 2, 1, 1, 1, 35, 18, 1, True), "channels_first"),
+    (convs.Conv((40, 41), (3, 4), 2, 1, 1, 1, 37, 37, 37), "channels_last"),
+    (convs.Conv((40, 41), (3, 3), (1, 2), 1, 0, 2, 9, 9, 9), "channels_first"),
+    (convs.Conv((33, 30), (2, 2), 2, 0, 0, 1, 24, 19), "channels_last"),
+    (convs.Conv((61, 58), (4, 4), 2, 1, 0, 1, 16, 3), "channels_last"),
+    (convs.Conv((45, 44), (3, 3), 1, 1, 0, 1, 1, 17, 1, True), "channels_first"),
+    (convs.Conv((431,), (16,), 8, 4, 0, 1, 48, 32, 4), "channels_last"),
+    (convs.Conv((9, 10, 11), (3, 3, 3), 2, 1, 1, 1, 16, 1), "channels_last"),
+)
+
+
 def results() -> dict[str, np.ndarray]:
     """The results of every native kernel on every geometry, and of every type on some."""
     jax.config.update("jax_enable_x64", True)
     jax.config.update("jax_disable_most_optimizations", True)  # it is not XLA's code that is examined
     found = {}
 
-    def store(name: str, f: Callable[..., Any], x: np.ndarray) -> None:
+    def store(name: str, f: Callable[..., Any], x: Any) -> None:
         for i, leaf in enumerate(jax.tree.leaves(jax.jit(f)(x))):
             found[f"{name} {i}"] = np.asarray(leaf)
 
@@ -128,6 +144,12 @@ def results() -> dict[str, np.ndarray]:
         x = rng.integers(0, 2 if dtype == "bool" else 100, shape).astype(dtype)
         store(f"max {number} {dtype}", functions["max"], x)
         store(f"max index {number} {dtype}", functools.partial(functions["max"], return_indices=True), x)
+    for number, (case, data_format) in enumerate(CONVOLUTIONS):
+        run = convs.run_all({**case.call, "data_format": data_format, "implementation": "native"})
+        for dtype in ("float32", types[number % 3]):
+            # Of one sign, so that sums do not cancel and all their digits mean something.
+            arrays = case.arrays(data_format, dtype=dtype)
+            store(f"conv {number} {dtype}", run, convs.Arrays(*map(np.abs, arrays)))
     return found
 
 
@@ -184,9 +206,9 @@ def test_results_do_not_depend_on_the_instruction_set(tmp_path):
             elif a.dtype == np.uint16:  # bfloat16, whose neighbours are neighbouring numbers
                 assert np.abs(a.astype(int) - b.astype(int)).max(initial=0) <= 1, name
             else:
-                rtol = (
-                    0 if name.startswith("max") and name.endswith(" 0") else 4 * float(np.finfo(a.dtype).eps)
-                )
+                eps = float(np.finfo(a.dtype).eps)
+                exact = name.startswith("max") and name.endswith(" 0")
+                rtol = 0 if exact else (32 if name.startswith("conv") else 4) * eps
                 np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol * np.abs(a).max(), err_msg=name)
 
 
@@ -303,6 +325,18 @@ def test_every_kernel_is_used():
         "max_unpool": compiled_text(unpool, g),
         "max_unpool_take": compiled_text(functools.partial(pull, unpool), g, x),
     }
+    case = convs.CASES["fcn"]
+    small, kernel, large = case.arrays()
+    conv_transpose = functools.partial(jax_mps.conv_transpose, **case.call)
+
+    def pull_one(operand: int, *primals: Any) -> Any:
+        return jax.vjp(conv_transpose, *primals)[1](large)[operand]
+
+    uses |= {
+        "conv_transpose": compiled_text(conv_transpose, small, kernel),
+        "conv_transpose_gradient_data": compiled_text(functools.partial(pull_one, 0), small, kernel),
+        "conv_transpose_gradient_weights": compiled_text(functools.partial(pull_one, 1), small, kernel),
+    }
     assert set(uses) == set(ffi._HANDLERS)
     for name, text in uses.items():
         assert f'custom_call_target="jax_mps.1.{name}"' in text, name
@@ -314,6 +348,13 @@ def test_the_layout_costs_no_transposition():
         f = functools.partial(jax_mps.max_pool, window_shape=3, strides=2, data_format=data_format)
         text = compiled_text(jax.grad(lambda x: f(x).sum()), jnp.ones(shape))  # noqa: B023
         assert "jax_mps.1.max_pool_put" in text
+        assert " transpose(" not in text
+        assert " copy(" not in text
+    for data_format in ("channels_last", "channels_first"):
+        case = convs.CASES["groups"]
+        run = convs.run_all({**case.call, "data_format": data_format})
+        text = run.lower(case.arrays(data_format)).compile().as_text()
+        assert text.count(" custom-call(") == 3
         assert " transpose(" not in text
         assert " copy(" not in text
 
@@ -563,7 +604,90 @@ def wrong_calls() -> dict[str, tuple[str, Any, tuple[Any, ...], dict[str, Any]]]
             {"start": np.int64(0), "rank": np.int64(4)},
         ),
     }  # fmt: skip
-    return calls
+    return calls | wrong_convolutions()
+
+
+def wrong_convolutions() -> dict[str, tuple[str, Any, tuple[Any, ...], dict[str, Any]]]:
+    like = jax.ShapeDtypeStruct
+    x, kernel, g = jnp.ones((1, 4, 4, 6)), jnp.ones((2, 2, 6, 4)), jnp.ones((1, 8, 8, 4))
+    columns = {"stride": [2, 2], "dilation": [1, 1], "lo": [0, 0]}
+    scalars = {"start": 1, "channel": 3, "groups": 1, "rotated": 0}
+
+    def of(dtype: Any, x: Any) -> Any:
+        return jnp.ones(x.shape, dtype)
+
+    def attributes(**changes: Any) -> dict[str, Any]:
+        numbers = {k: np.int64(changes.pop(k, v)) for k, v in scalars.items()}
+        return numbers | {k: np.array(v, np.int64) for k, v in (columns | changes).items()}
+
+    good = like(g.shape, np.float32), (x, kernel)
+    changes = {
+        "kernel of another start": {"start": 2},
+        "negative start": {"start": -1, "channel": 1},
+        "start far behind the end": {"start": 2**62, "channel": 2**62 + 2},
+        "channel among the pixels": {"channel": 2},
+        "channel behind the end": {"channel": 4},
+        "channel before the beginning": {"start": 0, "channel": -1},
+        "no groups": {"groups": 0},
+        "negative groups": {"groups": -1},
+        "groups that do not divide": {"groups": 4},
+        "groups of another kernel": {"groups": 2},
+        "another kind of kernel": {"rotated": 1},
+        "stride of 0": {"stride": [0, 2]},
+        "dilation of 0": {"dilation": [1, 0]},
+        "stride beyond 32 bits": {"stride": [2, 2**31]},
+        "lo beyond 32 bits": {"lo": [-(2**40), 0]},
+        "short stride": {"stride": [2]},
+        "short lo": {"lo": [0]},
+        "long dilation": {"dilation": [1, 1, 1]},
+        "no axes": {"stride": [], "dilation": [], "lo": []},
+        "four axes": {"stride": [2] * 4, "dilation": [1] * 4, "lo": [0] * 4},
+    }
+    calls = {name: ("conv_transpose", *good, attributes(**change)) for name, change in changes.items()}
+    some = list(attributes().items())
+    operands = {
+        "integers": (good[0], (of(np.int32, x), of(np.int32, kernel))),
+        "complex numbers": (like(g.shape, np.complex64), (of(np.complex64, x), of(np.complex64, kernel))),
+        "two types": (good[0], (x, kernel.astype(np.float16))),
+        "a narrower result": (like(g.shape, np.float16), (x, kernel)),
+        "a result of another half": (
+            like(g.shape, jnp.bfloat16),
+            (of(np.float16, x), of(np.float16, kernel)),
+        ),
+        "scalars": (like((), np.float32), (jnp.float32(1), jnp.float32(1))),
+        "kernel of another rank": (good[0], (x, kernel[0])),
+        "kernel of no taps": (good[0], (x, kernel[:0])),
+        "kernel of other inputs": (good[0], (x, kernel[:, :, :5])),
+        "kernel of other outputs": (good[0], (x, kernel[..., :3])),
+        "result of another batch": (like((2, 8, 8, 4), np.float32), (x, kernel)),
+        "result of another rank": (like((8, 8, 4), np.float32), (x, kernel)),
+        "no operand": (good[0], ()),
+        "one operand": (good[0], (x,)),
+        "three operands": (good[0], (x, kernel, kernel)),
+    }
+    calls |= {name: ("conv_transpose", *pair, attributes()) for name, pair in operands.items()}
+    calls |= {
+        "missing attribute": ("conv_transpose", *good, dict(some[:-1])),
+        "extra attribute": ("conv_transpose", *good, attributes() | {"kernel": np.array([2, 2], np.int64)}),
+        "attribute of another type": ("conv_transpose", *good, attributes() | {"groups": np.int32(1)}),
+        "image of another batch": (
+            "conv_transpose_gradient_data", like((2, 4, 4, 6), np.float32), (g, kernel), attributes(),
+        ),
+        "image of other channels": (
+            "conv_transpose_gradient_data", like((1, 4, 4, 5), np.float32), (g, kernel), attributes(),
+        ),
+        "source of another batch": (
+            "conv_transpose_gradient_weights", like(kernel.shape, np.float32), (g, jnp.ones((2, 4, 4, 6))),
+            attributes(),
+        ),
+        "weights of other channels": (
+            "conv_transpose_gradient_weights", like((2, 2, 6, 3), np.float32), (g, x), attributes(),
+        ),
+        "weights of another rank": (
+            "conv_transpose_gradient_weights", like((2, 6, 4), np.float32), (g, x), attributes(),
+        ),
+    }  # fmt: skip
+    return {f"convolution: {name}": call for name, call in calls.items()}
 
 
 def call_wrongly() -> None:
@@ -591,7 +715,7 @@ def call_wrongly() -> None:
 @pytest.mark.usefixtures("native")
 def test_wrong_use_of_the_handlers_is_an_error_and_never_a_crash():
     outcomes = json.loads(finish(start("import test_native; test_native.call_wrongly()")))
-    assert len(outcomes) > 50
+    assert len(outcomes) > 90
     accepted = [name for name, outcome in outcomes.items() if "INVALID_ARGUMENT" not in outcome]
     assert not accepted, {name: outcomes[name] for name in accepted}
 
@@ -629,6 +753,22 @@ y = call("max_unpool", like((1, 8, 8, 1), jnp.float32), jnp.ones(at.shape), at, 
 assert not np.any(y)
 y = call("max_unpool_take", like(at.shape, jnp.float32), jnp.ones((1, 8, 8, 1)), at, start=1, rank=2)
 assert not np.any(y)
+# Convolutions whose taps lie anywhere, and images without pixels.
+kernel = jnp.ones((2, 2, 2, 3))
+attributes = dict(start=1, channel=3, groups=1, rotated=0, stride=[2, 2], dilation=[1, 1], lo=[0, 0])
+def all_three(x, g, **changes):
+    shapes = [like(a.shape, jnp.float32) for a in (g, x, kernel)]
+    operands = [(x, kernel), (g, kernel), (g, x)]
+    for name, shape, pair in zip(("", "_gradient_data", "_gradient_weights"), shapes, operands):
+        yield float(call("conv_transpose" + name, shape, *pair, **attributes | changes).sum())
+for changes in ({"lo": [1000, 0]}, {"lo": [0, -1000]}, {"stride": [99, 50]}, {"dilation": [99, 1]}):
+    # Sums of ones, over the same pairs of pixels and taps.
+    y, dx, dk = all_three(image, jnp.ones((1, 5, 9, 3)), **changes)
+    assert y == dx == dk, changes
+for shape in ((0, 8, 8, 2), (1, 0, 8, 2), (1, 8, 0, 2)):
+    assert set(all_three(jnp.ones(shape), jnp.ones((shape[0], 5, 9, 3)))) == {0}
+for shape in ((1, 0, 9, 3), (1, 5, 0, 3)):
+    assert set(all_three(image, jnp.ones(shape))) == {0}
 print("done")
 """
 

@@ -1,17 +1,10 @@
 """Arrays over several devices: `shard_map`, automatic and explicit sharding.
 
-The number of devices is fixed when JAX starts, so the classes here run in a process of their own, which
-has four CPU devices; `test_on_four_devices` starts it and fails with its report.
+The classes here run in a process of their own, which has four CPU devices; `test_on_four_devices` starts it.
 """
 
 import functools
-import importlib.util
-import os
-import re
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,16 +16,18 @@ from jax.sharding import PartitionSpec as P
 
 import jax_mps
 import oracle
+from devices import (
+    INSIDE,
+    collectives,
+    four_devices,
+    needs_explicit_sharding,
+    run_on_four_devices,
+    shard_map,
+)
 
-INSIDE = os.environ.get("JAX_MPS_TEST_DEVICES") == "4"
+__all__ = ["four_devices"]  # a fixture that every test here uses
 
 WINDOW = {"window_shape": (3, 3), "strides": 2, "padding": ((1, 0), (0, 1))}
-
-
-needs_explicit_sharding = pytest.mark.skipif(
-    not (hasattr(jax, "set_mesh") and hasattr(jax.sharding, "AxisType")),
-    reason="this JAX has no explicit sharding",
-)
 
 
 @pytest.mark.parametrize(
@@ -44,24 +39,7 @@ needs_explicit_sharding = pytest.mark.skipif(
     ],
 )
 def test_on_four_devices(group):
-    flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ.get("XLA_FLAGS", ""))
-    environment = {
-        "JAX_MPS_TEST_DEVICES": "4",
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count=4",
-    }
-    pytest_command = [sys.executable, "-m", "pytest", *["-n0"] * bool(importlib.util.find_spec("xdist"))]
-    outer = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
-    run = subprocess.run(
-        [*pytest_command, "-p", "no:cacheprovider", "-q", f"{Path(__file__)}::{group}"],
-        env=outer | environment,
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
-    assert run.returncode == 0, f"{run.stdout}\n{run.stderr}"
-    assert re.search(r"\b\d+ passed", run.stdout), run.stdout
+    run_on_four_devices(__file__, group)
 
 
 test_on_four_devices.__test__ = not INSIDE
@@ -151,29 +129,6 @@ def check_close(actual: Any, expected: Any) -> None:
         a, e = np.asarray(a), np.asarray(e)
         assert (a.shape, a.dtype) == (e.shape, e.dtype)
         np.testing.assert_allclose(a, e, rtol=1e-5, atol=1e-5 * max(1, np.abs(e).max()))
-
-
-def collectives(text: str) -> set[str]:
-    names = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter|collective-broadcast"
-    return set(re.findall(rf"({names})(?:-start)?\(", text))
-
-
-def shard_map(f: Callable[..., Any], mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable[..., Any]:
-    if hasattr(jax, "shard_map"):
-        return jax.shard_map(f, mesh=mesh, in_specs=in_specs, out_specs=out_specs)
-    from jax.experimental.shard_map import shard_map as experimental
-
-    # It does not know how primitives of other libraries replicate.
-    return experimental(f, mesh, in_specs, out_specs, check_rep=False)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def four_devices():
-    if INSIDE:
-        assert jax.device_count() == 4
-        assert jax.devices()[0].platform == "cpu"
-        # Machine code that is optimised would double the time; how XLA partitions stays the same.
-        jax.config.update("jax_disable_most_optimizations", True)
 
 
 # --- shard_map ----------------------------------------------------------------------------------------

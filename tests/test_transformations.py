@@ -22,8 +22,19 @@ WINDOW = {
 }
 
 
+# What a transposed convolution adds to the high ends, so that it returns the image: see `pooled_sizes`.
+OUTPUT_PADDING = (1, 0)
+
+
 def image_shape(data_format: str, sizes: tuple[int, int], batch: int, channels: int) -> tuple[int, ...]:
     return (batch, *sizes, channels) if data_format == "channels_last" else (batch, channels, *sizes)
+
+
+def pooled_sizes(sizes: tuple[int, int]) -> tuple[int, ...]:
+    columns = (WINDOW[name] for name in ("window_shape", "strides", "padding", "window_dilation"))
+    return tuple(
+        (n + sum(pads) - (k - 1) * d - 1) // s + 1 for n, k, s, pads, d in zip(sizes, *columns, strict=True)
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +71,41 @@ def _average_gradient(sizes: tuple[int, int], **keywords: Any) -> Callable[..., 
     return function
 
 
+def _transposed(function: Callable[..., Any], third: str = "") -> Callable[..., Callable[..., Any]]:
+    """A function of transposed convolution, which takes "pooled" arrays to "image" arrays.
+
+    Its gradients also take the shape of a third array, which is `third`.
+    """
+    window_shape, strides, padding, dilation = (
+        WINDOW[name] for name in ("window_shape", "strides", "padding", "window_dilation")
+    )
+
+    def make(sizes: tuple[int, int], **keywords: Any) -> Callable[..., Any]:
+        data_format = keywords["data_format"]
+
+        def call(a: Any, b: Any) -> Any:
+            channels = b.shape[-1 if data_format == "channels_last" or third == "pooled" else 1]
+            shapes = {
+                "pooled": image_shape(data_format, pooled_sizes(sizes), a.shape[0], channels),
+                "kernel": (*window_shape, channels, channels),
+            }
+            return function(
+                a,
+                b,
+                *([shapes[third]] if third else []),
+                strides=strides,
+                padding=padding,
+                kernel_dilation=dilation,
+                output_padding=OUTPUT_PADDING,
+                transpose_kernel=True,
+                **keywords,
+            )
+
+        return call
+
+    return make
+
+
 CALLS = {
     "max_pool": Call(_windowed(jax_mps.max_pool), ("image",)),
     "max_pool_with_indices": Call(_windowed(jax_mps.max_pool, return_indices=True), ("image",)),
@@ -73,6 +119,13 @@ CALLS = {
     "max_pool_gradient": Call(_windowed(jax_mps.max_pool_gradient), ("pooled", "image"), linear=(0,)),
     "avg_pool_gradient": Call(_average_gradient, ("pooled",), linear=(0,)),
     "l2_pool_gradient": Call(_windowed(jax_mps.l2_pool_gradient), ("pooled", "image"), linear=(0,)),
+    "conv_transpose": Call(_transposed(jax_mps.conv_transpose), ("pooled", "kernel"), linear=(0, 1)),
+    "conv_transpose_gradient_data": Call(
+        _transposed(jax_mps.conv_transpose_gradient_data, "pooled"), ("image", "kernel"), linear=(0, 1)
+    ),
+    "conv_transpose_gradient_weights": Call(
+        _transposed(jax_mps.conv_transpose_gradient_weights, "kernel"), ("image", "pooled"), linear=(0, 1)
+    ),
 }
 
 every_call = pytest.mark.parametrize("name", CALLS)
@@ -117,21 +170,18 @@ def problem(
     rng = np.random.default_rng(list(name.encode()))
     image = image_shape(data_format, sizes, batch, channels)
     keywords = {"data_format": data_format, "implementation": implementation}
-    pooled_sizes = tuple(
-        (n + sum(pads) - (k - 1) * d - 1) // s + 1
-        for n, k, s, pads, d in zip(
-            sizes, WINDOW["window_shape"], WINDOW["strides"], WINDOW["padding"], WINDOW["window_dilation"],
-            strict=True,
-        )
-    )  # fmt: skip
-    pooled = image_shape(data_format, pooled_sizes, batch, channels)
+    shapes = {
+        "image": image,
+        "pooled": image_shape(data_format, pooled_sizes(sizes), batch, channels),
+        "kernel": (*WINDOW["window_shape"], channels, channels),
+    }
 
     def operand(kind: str) -> np.ndarray:
         lead = () if stack is None else (stack,)
         if kind == "indices":
             # Some positions are named twice, some lie outside the plane.
-            return rng.integers(-1, sizes[0] * sizes[1] + 1, (*lead, *pooled), np.int32)
-        shape = (*lead, *(image if kind == "image" else pooled))
+            return rng.integers(-1, sizes[0] * sizes[1] + 1, (*lead, *shapes["pooled"]), np.int32)
+        shape = (*lead, *shapes[kind])
         # Distinct, so that no window has a tie, and not close to 0, where a norm has no derivative.
         values = rng.permutation(np.arange(1, 1 + int(np.prod(shape)))) * rng.choice(
             [-1, 1], int(np.prod(shape))

@@ -124,6 +124,8 @@ _CHOICES = (
     _Choice(("forward",), ("apple",), lambda c: not c.dilated and (c.groups == 1 or c.rank < 3), "phases"),
     _Choice(("forward",), _EVERYWHERE, lambda c: True, "dot"),
     _Choice(("data",), ("apple",), lambda c: c.groups > 1 and c.rank == 3, "dot"),
+    # XLA's partitioner gathers the batch for a convolution with groups.
+    _Choice(("data",), ("cpu", "any"), lambda c: c.groups > 1, "dot"),
     _Choice(("data",), _EVERYWHERE, lambda c: True, "conv"),
     _Choice(("weights",), _EVERYWHERE, lambda c: True, "taps"),
 )
