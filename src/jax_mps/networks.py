@@ -16,7 +16,7 @@ from jax import lax
 
 import jax_mps
 
-__all__ = ["STOCK", "Layers", "dcgan_init", "dcgan_losses", "ours", "unet", "unet_init"]
+__all__ = ["STOCK", "Layers", "dcgan_init", "dcgan_losses", "denoiser_init", "ours", "unet", "unet_init"]
 
 Params = dict[str, jax.Array]
 
@@ -78,31 +78,50 @@ def _weights(key: jax.Array, shapes: Mapping[str, tuple[int, ...]]) -> Params:
 # --- U-Net --------------------------------------------------------------------------------------------
 
 
-def unet_init(key: jax.Array, channels: int, levels: int, colors: int = 3) -> Params:
-    """Weights of a U-Net with `channels` at the top and twice as many on every level below."""
+def unet_init(
+    key: jax.Array, channels: int, levels: int, *, depth: int = 2, window: int = 2, colors: int = 3
+) -> Params:
+    """Weights of a U-Net with `channels` at the top and twice as many on every level below.
+
+    Args:
+      key: for the random numbers.
+      channels: of the highest level.
+      levels: how many there are.
+      depth: ordinary convolutions, of 3 x 3 taps, in a row.
+      window: taps of the transposed convolutions along an axis, an even number.
+      colors: of the images.
+    """
     shapes: dict[str, tuple[int, ...]] = {}
 
     def block(name: str, before: int, after: int) -> None:
-        shapes.update({f"{name}_0": (3, 3, before, after), f"{name}_0_bias": (after,)})
-        shapes.update({f"{name}_1": (3, 3, after, after), f"{name}_1_bias": (after,)})
+        for i in range(depth):
+            shapes.update(
+                {f"{name}_{i}": (3, 3, after if i else before, after), f"{name}_{i}_bias": (after,)}
+            )
 
     widths = [channels * 2**level for level in range(levels)]
     for level, width in enumerate(widths):
         block(f"down{level}", colors if level == 0 else widths[level - 1], width)
     for level in reversed(range(levels - 1)):
-        shapes[f"up{level}"] = (2, 2, widths[level], widths[level + 1])
+        shapes[f"up{level}"] = (window, window, widths[level], widths[level + 1])
         block(f"merge{level}", 2 * widths[level], widths[level])
     # At first the network adds nothing.
     return _weights(key, shapes) | {"last": jnp.zeros((1, 1, channels, colors))}
 
 
+def denoiser_init(key: jax.Array) -> Params:
+    """Weights of the U-Net of the demonstration."""
+    return unet_init(key, channels=16, levels=3, depth=1, window=4)
+
+
 def unet(layers: Layers, params: Params, x: jax.Array) -> jax.Array:
     """The image plus what the network adds to it; sizes have to be multiples of `2 ** (levels - 1)`."""
 
-    def block(name: str, x: jax.Array) -> jax.Array:
-        for i in range(2):
-            x = jax.nn.relu(_convolution(x, params[f"{name}_{i}"]) + params[f"{name}_{i}_bias"])
-        return x
+    def block(name: str, x: jax.Array, i: int = 0) -> jax.Array:
+        if f"{name}_{i}" not in params:
+            return x
+        x = jax.nn.relu(_convolution(x, params[f"{name}_{i}"]) + params[f"{name}_{i}_bias"])
+        return block(name, x, i + 1)
 
     levels = sum(name.startswith("down") and name.endswith("_0") for name in params)
     image, skips = x, []
@@ -110,7 +129,8 @@ def unet(layers: Layers, params: Params, x: jax.Array) -> jax.Array:
         x = block(f"down{level}", x if level == 0 else layers.pool(x))
         skips.append(x)
     for level in reversed(range(levels - 1)):
-        x = layers.up(x, params[f"up{level}"], 0)
+        kernel = params[f"up{level}"]
+        x = layers.up(x, kernel, kernel.shape[0] // 2 - 1)
         x = block(f"merge{level}", jnp.concatenate([skips[level], x], axis=-1))
     return image + _convolution(x, params["last"])
 

@@ -15,7 +15,7 @@ from jax import lax
 
 import jax_mps
 from jax_mps.bench import torch_peer
-from jax_mps.bench.runner import Case, Contender
+from jax_mps.bench.runner import Case, Contender, compiled
 from jax_mps.bench.shapes import TRANSPOSED, TransposedShape
 
 __all__ = ["ConvTranspose"]
@@ -102,14 +102,13 @@ def _jax(name: str, shape: TransposedShape, op: str, dtype: str, layout: str) ->
     }
     make = _stock if name == "lax" else functools.partial(_ours, implementation=name)
     function, names = make(shape, layout)[op]
-    compiled = jax.jit(function)
     operands = [data[name] for name in names]
 
     def fetch(output: Any) -> list[np.ndarray]:
         array = np.asarray(output, np.float64)
         return [np.moveaxis(array, 1, -1) if channels_first and op != "gradient_weights" else array]
 
-    return Contender(lambda: compiled(*operands), jax.block_until_ready, fetch)
+    return compiled(function, operands, fetch)
 
 
 _Calls = dict[str, tuple[Callable[..., Any], tuple[str, str]]]
@@ -194,8 +193,7 @@ def _dot(shape: TransposedShape, op: str, dtype: str) -> Contender:
     }[op]
     rng = np.random.default_rng(0)
     a, b = (jnp.asarray(rng.standard_normal(s), dtype) for s in ((m, k), (k, n)))
-    dot = jax.jit(jnp.dot)
-    return Contender(lambda: dot(a, b), jax.block_until_ready, lambda _: [])
+    return compiled(jnp.dot, (a, b), lambda _: [])
 
 
 # --- PyTorch ------------------------------------------------------------------------------------------

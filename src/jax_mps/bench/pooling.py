@@ -15,7 +15,7 @@ from jax import lax
 
 import jax_mps
 from jax_mps.bench import torch_peer
-from jax_mps.bench.runner import Case, Contender
+from jax_mps.bench.runner import Case, Contender, compiled
 from jax_mps.bench.shapes import POOLING, PoolingShape
 
 __all__ = ["Pooling"]
@@ -123,13 +123,12 @@ def _jax(name: str, shape: PoolingShape, op: str, dtype: str, layout: str) -> Co
     make = _stock if name == "lax" else functools.partial(_ours, implementation=name)
     pool, kernel = make(shape, layout)
     function, operands = _jax_call(op, pool, kernel, source, gradient)
-    compiled = jax.jit(function)
 
     def fetch(outputs: Any) -> list[np.ndarray]:
         arrays = [np.asarray(a, np.float64) for a in jax.tree.leaves(outputs)]
         return [np.moveaxis(a, 1, -1) if channels_first and a.ndim else a for a in arrays]
 
-    return Contender(lambda: compiled(*operands), jax.block_until_ready, fetch)
+    return compiled(function, operands, fetch)
 
 
 def _ours(

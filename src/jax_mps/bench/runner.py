@@ -13,9 +13,21 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
+import jax
 import numpy as np
 
-__all__ = ["YARDSTICK", "Case", "Contender", "Disagreement", "Family", "Result", "Timing", "measure", "run"]
+__all__ = [
+    "YARDSTICK",
+    "Case",
+    "Contender",
+    "Disagreement",
+    "Family",
+    "Result",
+    "Timing",
+    "compiled",
+    "measure",
+    "run",
+]
 
 YARDSTICK = "yardstick"
 _WARM_UP_CALLS = 2
@@ -23,6 +35,7 @@ _TURN_SECONDS = 2e-3
 _MOST_CALLS_A_TURN = 50
 _FEWEST_ROUNDS = 3
 _SETTLE_SECONDS = 0.05
+_COPIES = 8
 
 
 class Disagreement(AssertionError):
@@ -37,11 +50,13 @@ class Contender:
       call: starts the computation and returns its outputs.
       wait: blocks until such outputs are there.
       fetch: such outputs as float64 arrays that look the same for every contender.
+      copies: how often a call computes the same.
     """
 
     call: Callable[[], Any]
     wait: Callable[[Any], Any]
     fetch: Callable[[Any], Sequence[np.ndarray]]
+    copies: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +82,28 @@ class Case:
     contenders: Mapping[str, Callable[[], Contender]]
     flops: int = 0
     yardstick: Callable[[], Contender] | None = None
+
+
+def compiled(
+    function: Callable[..., Any], operands: Sequence[Any], fetch: Callable[[Any], Sequence[np.ndarray]]
+) -> Contender:
+    """The contender that calls a JAX function.
+
+    An accelerator finishes a small program sooner than the host starts the next: there a program computes
+    the same several times, from operands that the compiler cannot know to be the same.
+    """
+    copies = 1 if jax.devices()[0].platform == "cpu" else _COPIES
+    if copies == 1:
+        once = jax.jit(function)
+        return Contender(lambda: once(*operands), jax.block_until_ready, fetch)
+
+    @jax.jit
+    def repeated(*sets: Sequence[Any]) -> Any:
+        return [function(*s) for s in sets]
+
+    return Contender(
+        lambda: repeated(*[operands] * copies), jax.block_until_ready, lambda out: fetch(out[0]), copies
+    )
 
 
 class Family(Protocol):
@@ -148,7 +185,7 @@ def measure(
     for name, contender in contenders.items():
         for _ in range(_WARM_UP_CALLS):
             contender.wait(contender.call())
-        once = _turn(contender, calls=1, queued=queued)
+        once = _turn(contender, calls=1, queued=queued) * contender.copies
         calls[name] = min(max(1, math.ceil(_TURN_SECONDS / once)), _MOST_CALLS_A_TURN)
         round_seconds += (calls[name] + 1) * once + _SETTLE_SECONDS
     rounds = max(_FEWEST_ROUNDS, min(rounds, int(seconds / round_seconds)))
@@ -176,7 +213,7 @@ def _turn(contender: Contender, *, calls: int, queued: bool) -> float:
         if not queued:
             contender.wait(outputs)
     contender.wait(contender.call())
-    return (time.perf_counter() - start) / calls
+    return (time.perf_counter() - start) / (calls * contender.copies)
 
 
 def _summary(samples: Sequence[float]) -> Timing:

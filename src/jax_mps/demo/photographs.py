@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 _SIZE = 64  # pixels of a patch
 _BATCH = 8
-_STEPS = 250
+_STEPS = 200
 _NOISE = 0.15
 _SEEN = 0.75  # the left part of every photograph; the rest is for the test
 _DEMANDED_GAIN = 4.0  # decibels
@@ -46,7 +46,7 @@ def run(console: Console, seed: int) -> Outcome:
     console.rule("photographs")
     photographs = [image.astype(np.float32) / 255 for image in load_sample_images().images]
     rng = np.random.default_rng(seed)
-    params = networks.unet_init(jax.random.key(seed), channels=16, levels=3)
+    params = networks.denoiser_init(jax.random.key(seed))
 
     noisy, clean = patches(photographs, rng, 2, seen=True)
     off = compare_gradients(params, noisy, clean)
@@ -146,11 +146,13 @@ def draw(
     """Input, output and target of some patches, and the loss."""
     top, bottom = panel.subfigures(2, squeeze=False, height_ratios=(3, 2))[:, 0]
     top.suptitle(f"Parts of the photographs that it has not seen ({gain:.1f} dB less noise)")
-    count = 6
+    chosen = np.argsort(-clean.var(axis=(1, 2, 3)))[:6]  # those with most to see
     for row, (title, images) in zip(
-        top.subplots(3, count), {"input": noisy, "output": cleaned, "target": clean}.items(), strict=True
+        top.subplots(3, len(chosen)),
+        {"input": noisy, "output": cleaned, "target": clean}.items(),
+        strict=True,
     ):
-        for axes, image in zip(row, images[:count], strict=True):
+        for axes, image in zip(row, images[chosen], strict=True):
             axes.imshow(np.clip(image, 0, 1))
             axes.set(xticks=[], yticks=[])
         row[0].set_ylabel(title)
