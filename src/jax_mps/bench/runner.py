@@ -181,13 +181,13 @@ def measure(
         a turn waits once, at its end, and does not time the host's part of each call.
     """
     calls = {}
-    round_seconds = 0.0
+    round_seconds, settle = 0.0, 0.0 if queued else _SETTLE_SECONDS
     for name, contender in contenders.items():
         for _ in range(_WARM_UP_CALLS):
             contender.wait(contender.call())
         once = _turn(contender, calls=1, queued=queued) * contender.copies
         calls[name] = min(max(1, math.ceil(_TURN_SECONDS / once)), _MOST_CALLS_A_TURN)
-        round_seconds += (calls[name] + 1) * once + _SETTLE_SECONDS
+        round_seconds += (calls[name] + 1) * once + settle
     rounds = max(_FEWEST_ROUNDS, min(rounds, int(seconds / round_seconds)))
 
     samples: dict[str, list[float]] = {name: [] for name in contenders}
@@ -196,7 +196,7 @@ def measure(
             # Untimed: brings the operands back into the caches, wakes the threads that slept, and
             # waits out those of GNU OpenMP, which PyTorch uses and which spin for tens of milliseconds
             # after their work: until then the next in turn has one core less.
-            settled = time.perf_counter() + _SETTLE_SECONDS
+            settled = time.perf_counter() + settle
             while True:
                 contender.wait(contender.call())
                 if time.perf_counter() >= settled:

@@ -48,7 +48,10 @@ Form = Literal["conv", "phases", "dot", "taps", "channelwise"]
 Operation = Literal["forward", "data", "weights"]
 
 _UNROLLED = 64
-"""Taps that depthwise forms write out one by one; more are left to a convolution."""
+"""Taps that depthwise forms write out one by one; more are left to a matrix product or a convolution."""
+
+_FEW = 4
+"""Channels of a result that are too few for cuDNN."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,24 +113,96 @@ class _Choice:
     platforms: tuple[Platform, ...]
     condition: Callable[[_Conv], bool]
     form: Form
+    why: str
 
 
 _ALL: tuple[Operation, ...] = ("forward", "data", "weights")
 _EVERYWHERE: tuple[Platform, ...] = ("cpu", "cuda", "apple", "any")
+_ORDINARY: tuple[Platform, ...] = ("cpu", "any")
 
+# Times are of the named shapes of `bench/shapes.py`. H100: microseconds of the device, float32 with TF32 /
+# bfloat16, batch 32, JAX 0.11.2, 2026-11-24. CPU: milliseconds, float32, two cores, JAX 0.10.2. The last row
+# for an operation and a platform always fits.
 _CHOICES = (
-    _Choice(_ALL, _EVERYWHERE, lambda c: c.depthwise and c.window.taps <= _UNROLLED, "channelwise"),
-    _Choice(_ALL, _EVERYWHERE, lambda c: c.disjoint, "dot"),
-    _Choice(_ALL, ("cuda",), lambda c: c.dilated or c.groups > 1, "dot"),
-    _Choice(("weights",), ("cuda",), lambda c: c.rank == 3, "dot"),
-    _Choice(_ALL, ("cuda",), lambda c: True, "conv"),
-    _Choice(("forward",), ("apple",), lambda c: not c.dilated and (c.groups == 1 or c.rank < 3), "phases"),
-    _Choice(("forward",), _EVERYWHERE, lambda c: True, "dot"),
-    _Choice(("data",), ("apple",), lambda c: c.groups > 1 and c.rank == 3, "dot"),
-    # XLA's partitioner gathers the batch for a convolution with groups.
-    _Choice(("data",), ("cpu", "any"), lambda c: c.groups > 1, "dot"),
-    _Choice(("data",), _EVERYWHERE, lambda c: True, "conv"),
-    _Choice(("weights",), _EVERYWHERE, lambda c: True, "taps"),
+    _Choice(
+        _ALL,
+        _EVERYWHERE,
+        lambda c: c.depthwise and c.window.taps <= _UNROLLED,
+        "channelwise",
+        "upsample, H100: forward 59/59, conv 1426/1207; data 66/51, conv 444/428",
+    ),
+    _Choice(
+        _ALL,
+        _EVERYWHERE,
+        lambda c: c.disjoint,
+        "dot",
+        "nnunet_up, H100: forward 27/26, conv 79/77; data 30/33, conv 67/81; weights 38/28, conv 85/73",
+    ),
+    _Choice(
+        ("forward",),
+        ("apple",),
+        lambda c: not c.dilated and (c.groups == 1 or c.rank < 3),
+        "phases",
+        "one convolution, which Apple's plugins have without zeros; groups along two axes at most",
+    ),
+    _Choice(
+        _ALL,
+        ("cpu", "cuda", "any"),
+        lambda c: c.outputs == c.groups,
+        "dot",
+        "volume_head, H100: forward 51/49, conv 183/191; data 52/53, conv 74/84; weights 50/42, conv 193/155",
+    ),
+    _Choice(
+        _ALL,
+        ("cuda",),
+        lambda c: c.dilated or c.groups > 1,
+        "dot",
+        "cuDNN refuses some dilated bfloat16 convolutions, and is slow in small groups",
+    ),
+    _Choice(
+        ("forward",),
+        ("cuda",),
+        lambda c: c.outputs <= _FEW,
+        "phases",
+        "image_head, H100: 300/274, conv 1025/751, dot 733/686",
+    ),
+    _Choice(
+        _ALL,
+        ("cuda",),
+        lambda c: True,
+        "conv",
+        "fcn, H100: forward 102/55, phases 113/67; data 102/64, dot 232/137; weights 121/57, dot 240/140",
+    ),
+    _Choice(
+        ("forward",),
+        _ORDINARY,
+        lambda c: c.rank < 3 and not c.dilated and c.groups == 1,
+        "phases",
+        "CPU: dcgan 35, dot 46; fcn 18, dot 33; hifigan 32, dot 34",
+    ),
+    _Choice(
+        ("forward",),
+        _EVERYWHERE,
+        lambda c: True,
+        "dot",
+        "CPU: volume_head 25, phases 222; any dilation and groups",
+    ),
+    _Choice(
+        ("data",),
+        _EVERYWHERE,
+        lambda c: c.rank == 3 and (c.groups > 1 or c.platform != "apple"),
+        "dot",
+        "CPU: volume_head 19, conv 73; Apple's plugins have no groups along three axes",
+    ),
+    _Choice(
+        ("data",),
+        _ORDINARY,
+        lambda c: c.groups > 1,
+        "dot",
+        "XLA's partitioner gathers the batch of grouped ones",
+    ),
+    _Choice(("data",), _EVERYWHERE, lambda c: True, "conv", "CPU: dcgan 36, dot 38; hifigan 32, dot 34"),
+    _Choice(("weights",), _EVERYWHERE, lambda c: True, "taps", "CPU: dcgan 43, dot 57; hifigan 54, dot 55"),
 )
 
 
