@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -158,6 +158,17 @@ PATHS = [
 each_path = pytest.mark.parametrize(
     ("implementation", "name", "data_format"), PATHS, indirect=["implementation"]
 )
+
+
+def on_both_paths(argnames: str | tuple[str, ...], values: Iterable[Any], xla: Callable[..., bool]) -> Any:
+    """Parametrises a test over values, natively all of them, and on XLA's path those that `xla` is true of.
+
+    The compiler takes most of the time there, and the native kernels are more.
+    """
+    names = (argnames,) if isinstance(argnames, str) else argnames
+    rows = [(v,) if isinstance(argnames, str) else tuple(v) for v in values]
+    paths = [(i, *row) for i in ("native", "xla") for row in rows if i == "native" or xla(*row)]
+    return pytest.mark.parametrize(("implementation", *names), paths, indirect=["implementation"], ids=str)
 
 
 class Op(NamedTuple):
