@@ -68,7 +68,7 @@ def test_dtypes(dtype, name, implementation, x64):
         convs.check(op, found[op.name], arrays, **case.call)
 
 
-@pytest.mark.parametrize("name", ["dilated-output-padding", "fcn"])
+@convs.on_both_paths("name", ["dilated-output-padding", "fcn"], lambda name: name != "fcn")
 def test_batch_axes(name, implementation):
     case = convs.CASES[name]
     ways = {(b, f): case.arrays(f, b) for b in ((), (1,), (2, 1, 2)) for f in grid.FORMATS}

@@ -41,7 +41,7 @@ FOLDED = [
 ]  # fmt: skip
 
 
-@convs.on_both_paths(("name", "data_format"), FOLDED, lambda n, _: n in ("groups", "upsample", "cut-and-pad"))
+@convs.on_both_paths(("name", "data_format"), FOLDED, lambda n, _: n in ("groups", "cut-and-pad"))
 def test_vmap_folds_into_channels(name, data_format, implementation):
     case = convs.CASES[name]
     call = {**case.call, "data_format": data_format}
