@@ -30,7 +30,9 @@ def results(name, data_format, implementation):
         f = functools.partial(jax_mps.conv_transpose, **call)
         y, pull_back = jax.vjp(f, x, kernel)
         dx, dk = pull_back(g)
-        documented = {op.name: op.apply(arrays, **call) for op in (convs.DATA, convs.WEIGHTS)}
+        # XLA compiles the same twice; that a gradient is the documented kernel is tested elsewhere too.
+        ops = (convs.DATA, convs.WEIGHTS) if implementation == "native" else ()
+        documented = {op.name: op.apply(arrays, **call) for op in ops}
         # Of the case's own arrays, so that the tangent is twice the value.
         tangent = jax.jvp(f, (x, kernel), (x, kernel))[1]
         return {"forward": y, "data": dx, "weights": dk, "tangent": tangent, "documented": documented}
@@ -47,7 +49,7 @@ def test_geometry(name, data_format, implementation):
         tolerance = {"length": convs.terms(op, arrays), "scale": scale}
         assert found[op.name].dtype == np.float32
         oracle.assert_close(found[op.name], value, **tolerance)
-        if op is not convs.FORWARD:
+        if op.name in found["documented"]:
             oracle.assert_close(found["documented"][op.name], value, **tolerance)
     value, scale = expected["forward"]
     oracle.assert_close(
