@@ -81,12 +81,12 @@ class TestShardMap:
     def mesh(devices: int) -> Mesh:
         return Mesh(np.array(jax.devices()[:devices]), ("d",))
 
-    @pytest.mark.parametrize(
+    @pytest.mark.parametrize("op", convs.OPS, ids=str)
+    @convs.on_both_paths(
         ("devices", "specs"),
         [(2, (P("d"), P())), (4, (P("d"), P())), (4, (P(), P("d"))), (4, (P("d"), P("d")))],
-        ids=["2-first", "4-first", "4-second", "4-both"],
+        lambda devices, specs: devices == 4 and specs[0] == P("d"),
     )
-    @pytest.mark.parametrize("op", convs.OPS, ids=str)
     def test_values_and_derivatives(self, op, devices, specs, implementation):
         # Each device's part of a sharded operand is a whole operand, kernels included.
         whole = op.of(CASE.arrays(batch=(2,)))

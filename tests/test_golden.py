@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import convs
 import oracle
 from jax_mps import geometry
 from jax_mps.avg_pool import gradient as average_gradient
@@ -374,7 +375,7 @@ def test_transposed_oracle(name):
     check_transposed(CONVOLUTIONS[name], Loops(), GOLDEN["tolerance"]["float64"])
 
 
-@pytest.mark.parametrize("name", CONVOLUTIONS)
+@convs.on_both_paths("name", CONVOLUTIONS, lambda name: name.startswith("convt"))
 def test_transposed_float64(name, implementation, x64):
     check_transposed(CONVOLUTIONS[name], Library("float64", implementation), GOLDEN["tolerance"]["float64"])
 

@@ -400,7 +400,24 @@ def _trimmed_like(conv: _Conv, x: Array) -> Any:
     return jax.ShapeDtypeStruct(tuple(shape), x.dtype)
 
 
+def _reaching(conv: _Conv, x: Array) -> tuple[_Conv, Array]:
+    """Without the windows at the ends that do not reach the image.
+
+    They would turn into negative padding, with which XLA's CPU compiler reads beside the array.
+    """
+    axes = []
+    for dim, axis in enumerate(conv.window.axes, conv.spatial):
+        if axis.is_static():
+            first = max(-(-(axis.lo - axis.extent + 1) // axis.stride), 0)
+            limit = min(-(-(axis.size + axis.lo) // axis.stride), axis.out)
+            if (first, limit) != (0, axis.out):
+                x, axis = cut(x, dim, first, limit), axis.select(first, limit - first)
+        axes.append(axis)
+    return dataclasses.replace(conv, window=Window(tuple(axes))), x
+
+
 def _forward_conv(conv: _Conv, x: Array, kernel: Array) -> Array:
+    conv, x = _reaching(conv, x)
     kernel = _ordinary(conv, kernel)
     transpose = jax.linear_transpose(lambda y: _strided(conv, y, kernel), _trimmed_like(conv, x))
     return _untrimmed(conv, transpose(x)[0])

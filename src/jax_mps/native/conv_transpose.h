@@ -45,60 +45,79 @@ struct Lanes {
   int64_t start(int64_t vector) const { return Most(0, Least(vector * kLanes<T>, count - kLanes<T>)); }
 };
 
+// body(0), ..., body(N - 1) written out: GCC would make a loop that zeroes registers one that fills memory.
+template <int N, class Body>
+__attribute__((always_inline)) inline void Unroll(const Body& body) {
+  if constexpr (N > 1) Unroll<N - 1>(body);
+  body(N - 1);
+}
+
 // target[row][lane] = sum over taps and elements. `weights` is the panel [step][V vectors]. If `across`, lanes of the source
 // meet lanes of the panel; else each element of the source meets all of them.
 template <bool across, int R, int V, class S, class T>
-inline void MultiplyTile(const S* source, T* target, const Row* rows, const Tap* taps, int64_t tap_count, const T* weights,
-                         const int64_t* start) {
+__attribute__((noinline)) void MultiplyTile(const S* source, T* target, const Row* rows, const Tap* taps, int64_t tap_count, const T* weights,
+                         const int64_t* start, bool stream) {
   constexpr int kN = kLanes<T>;
-  Vec<T, kN> sum[R][V] = {};
+  Vec<T, kN> sum[R][V];
+  const S* from[R];
+  Unroll<R>([&](int r) {
+    from[r] = source + rows[r].source;
+    Unroll<V>([&](int v) { sum[r][v] = Vec<T, kN>{}; });
+  });
   for (const Tap* tap = taps; tap != taps + tap_count; ++tap) {
     const T* panel = weights + tap->step * (V * kN);
-    const S* from[R];
-    for (int r = 0; r < R; ++r) from[r] = source + rows[r].source + tap->source;
     if constexpr (across) {
-      for (int v = 0; v < V; ++v) {
+      Unroll<V>([&](int v) {
         const auto weight = LoadRaw<T, kN>(panel + v * kN);
-        for (int r = 0; r < R; ++r) sum[r][v] += Load<T, kN>(from[r] + start[v]) * weight;
-      }
+        const int64_t at = tap->source + start[v];
+        Unroll<R>([&](int r) { sum[r][v] += Load<T, kN>(from[r] + at) * weight; });
+      });
     } else {
-      for (int64_t i = 0; i < tap->length; ++i, panel += V * kN) {
+      const int64_t end = tap->source + tap->length;
+      for (int64_t i = tap->source; i < end; ++i, panel += V * kN) {
         Vec<T, kN> weight[V];
-        for (int v = 0; v < V; ++v) weight[v] = LoadRaw<T, kN>(panel + v * kN);
-        for (int r = 0; r < R; ++r) {
+        Unroll<V>([&](int v) { weight[v] = LoadRaw<T, kN>(panel + v * kN); });
+        Unroll<R>([&](int r) {
           const auto element = Broadcast<T, kN>(from[r][i]);
-          for (int v = 0; v < V; ++v) sum[r][v] += element * weight[v];
-        }
+          Unroll<V>([&](int v) { sum[r][v] += element * weight[v]; });
+        });
       }
     }
   }
-  for (int r = 0; r < R; ++r) {
-    for (int v = 0; v < V; ++v) StoreRaw<kN>(target + rows[r].target + start[v], sum[r][v]);
-  }
+  Unroll<R>([&](int r) {
+    Unroll<V>([&](int v) {
+      T* to = target + rows[r].target + start[v];
+      if (stream) {
+        Stream<kN>(to, sum[r][v]);
+      } else {
+        StoreRaw<kN>(to, sum[r][v]);
+      }
+    });
+  });
 }
 
 template <bool across, int R, int V, class S, class T>
 inline void MultiplyRows(int64_t count, const S* source, T* target, const Row* rows, const Tap* taps, int64_t tap_count,
-                         const T* weights, const int64_t* start) {
+                         const T* weights, const int64_t* start, bool stream) {
   if constexpr (R > 1) {
-    if (count < R) return MultiplyRows<across, R - 1, V>(count, source, target, rows, taps, tap_count, weights, start);
+    if (count < R) return MultiplyRows<across, R - 1, V>(count, source, target, rows, taps, tap_count, weights, start, stream);
   }
-  MultiplyTile<across, R, V>(source, target, rows, taps, tap_count, weights, start);
+  MultiplyTile<across, R, V>(source, target, rows, taps, tap_count, weights, start, stream);
 }
 
 template <bool across, int V, class S, class T>
 inline void MultiplyPanel(int64_t vectors, int64_t count, const S* source, T* target, const Row* rows, const Tap* taps,
-                          int64_t tap_count, const T* weights, const int64_t* start) {
+                          int64_t tap_count, const T* weights, const int64_t* start, bool stream) {
   if constexpr (V > 1) {
     if (vectors < V) {
-      return MultiplyPanel<across, V - 1>(vectors, count, source, target, rows, taps, tap_count, weights, start);
+      return MultiplyPanel<across, V - 1>(vectors, count, source, target, rows, taps, tap_count, weights, start, stream);
     }
   }
   // Tiles of equal height: 16 rows are 6, 5 and 5.
   const int64_t tiles = (count + kRows - 1) / kRows;
   for (int64_t t = 0; t < tiles; ++t) {
     const int64_t begin = count * t / tiles, end = count * (t + 1) / tiles;
-    MultiplyRows<across, kRows, V>(end - begin, source, target, rows + begin, taps, tap_count, weights, start);
+    MultiplyRows<across, kRows, V>(end - begin, source, target, rows + begin, taps, tap_count, weights, start, stream);
   }
 }
 
@@ -328,7 +347,7 @@ struct Gather {
   Weights<T> weights;
   int64_t depth;       // channels of a group of the source
   int64_t narrow;      // channels of a group of the target
-  bool direct_source, direct_target;
+  bool direct_source, direct_target, stream;
   int64_t source_pitch, target_pitch, group_pitch;  // of tiles
   int64_t splits;      // of the panels
   int64_t source_room, target_room, row_room, tap_room;  // elements of scratch
@@ -440,7 +459,8 @@ struct Gather {
         for (int v = 0; v < kPanel; ++v) start[v] = lanes.start(first + v);
         MultiplyPanel<across, kPanel>(vectors, Least(some, count - begin), from + group * depth * (across ? 0 : 1),
                                       to + group * group_pitch, rows + begin, taps, tap_count,
-                                      weights.data + group * weights.group_size() + first * weights.steps * kN, start);
+                                      weights.data + group * weights.group_size() + first * weights.steps * kN, start,
+                                      stream && to == reinterpret_cast<T*>(target.data));
       }
     }
   }
@@ -630,8 +650,9 @@ bool GatherAll(const ConvProblem& problem) {
   for (const ConvAxis& axis : problem.axis) ratio *= axis.stride;
   const double bytes = (target_pitch + source_pitch * (forward ? (overlap ? 0 : 1 / ratio) : ratio)) * sizeof(T);
   const GatherPlan plan(problem, static_cast<int64_t>(kCacheBytes / bytes) + 1, overlap);
+  const size_t targets_bytes = sizeof(T) * problem.batch * target.pixels() * target.channels;
   Gather<E, R> gather = {problem, plan, way, source, target, weights, depth, narrow, direct_source, direct_target,
-                         source_pitch, target_pitch, group_pitch, 1, 0, 0, 0, 0};
+                         direct_target && !overlap && ExceedsCaches(targets_bytes), source_pitch, target_pitch, group_pitch, 1, 0, 0, 0, 0};
   const int64_t boxes = plan.box_count();
   if (!overlap) gather.splits = Most(1, Least(weights.panels(), (32 + boxes - 1) / boxes));
   int64_t sources = 1, targets = 1;
@@ -664,6 +685,7 @@ bool GatherAll(const ConvProblem& problem) {
     for (int64_t unit = begin; unit < end; ++unit) {
       if (!gather.Work(unit)) return false;
     }
+    StreamFence();
     return true;
   };
   return ParallelFor(*problem.schedule, units, static_cast<int64_t>(work / units) + 1024, body, &gather);

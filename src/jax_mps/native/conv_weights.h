@@ -85,23 +85,22 @@ struct Columns {
 
 // sum[r][v] += rows[window][r] * panel[window][v] over a block of windows.
 template <int R, int V, class T>
-inline void MultiplyBlock(int64_t windows, const T* rows, const T* panel, T* sums) {
+__attribute__((noinline)) void MultiplyBlock(int64_t windows, const T* rows, const T* panel, T* sums) {
   constexpr int kN = kLanes<T>;
   Vec<T, kN> sum[R][V];
-  for (int r = 0; r < R; ++r) {
-    for (int v = 0; v < V; ++v) sum[r][v] = LoadRaw<T, kN>(sums + (r * V + v) * kN);
-  }
+  Unroll<R>([&](int r) { Unroll<V>([&](int v) { sum[r][v] = Vec<T, kN>{}; }); });
   for (int64_t w = 0; w < windows; ++w, rows += R, panel += V * kN) {
     Vec<T, kN> vector[V];
-    for (int v = 0; v < V; ++v) vector[v] = LoadRaw<T, kN>(panel + v * kN);
-    for (int r = 0; r < R; ++r) {
+    Unroll<V>([&](int v) { vector[v] = LoadRaw<T, kN>(panel + v * kN); });
+    Unroll<R>([&](int r) {
       const auto element = Broadcast<T, kN>(rows[r]);
-      for (int v = 0; v < V; ++v) sum[r][v] += element * vector[v];
-    }
+      Unroll<V>([&](int v) { sum[r][v] += element * vector[v]; });
+    });
   }
-  for (int r = 0; r < R; ++r) {
-    for (int v = 0; v < V; ++v) StoreRaw<kN>(sums + (r * V + v) * kN, sum[r][v]);
-  }
+  Unroll<R * V>([&](int i) {
+    T* to = sums + i * kN;
+    StoreRaw<kN>(to, LoadRaw<T, kN>(to) + sum[i / V][i % V]);
+  });
 }
 
 template <int R, int V, class T>
@@ -194,7 +193,7 @@ struct WeightTask {
 
   static bool Finite(T value) { return value - value == 0; }
 
-  // Zeros for what is not finite, which must not meet the zeros of padding; false if there was nothing.
+  // Zeros for what is not finite; false if there was nothing.
   static bool Clean(T* numbers, int64_t count) {
     Vec<T, kLanes<T>> sum = {};
     int64_t i = 0;
@@ -211,7 +210,7 @@ struct WeightTask {
     return found;
   }
 
-  // Adds the products that Clean took away.
+  // Adds the products of what Clean took away.
   void Repair(Interval block, const Columns<T>& rows, const Columns<T>& columns, int64_t tile, int64_t panel, T* sums) const {
     const Interval height = Height(tile);
     const int64_t vectors = Vectors(panel);
@@ -227,10 +226,10 @@ struct WeightTask {
       for (int64_t w = 0; w < piece.count; ++w) {
         for (int64_t r = height.begin; r < height.end; ++r) {
           T a, b;
-          if (!get(row_line, w, r, a) || (!rows.image && Finite(a))) continue;
+          if (!get(row_line, w, r, a)) continue;
           for (int64_t v = 0; v < vectors; ++v) {
             for (int64_t lane = 0; lane < kLanes<T> && Start(panel, v) + lane < lane_side.width; ++lane) {
-              if (!get(lane_line, w, Start(panel, v) + lane, b) || (rows.image && Finite(b))) continue;
+              if (!get(lane_line, w, Start(panel, v) + lane, b) || (Finite(a) && Finite(b))) continue;
               sums[((r - height.begin) * vectors + v) * kLanes<T> + lane] += a * b;
             }
           }
@@ -263,7 +262,9 @@ struct WeightTask {
       const Interval block = {begin, Least(begin + kBlock, end)};
       const int64_t count = block.end - block.begin;
       const bool padded = Padded(block);
-      bool row_repair = false;
+      // Padding is packed as zeros, which must not meet a source that is not finite. Where a block has both, whatever is not
+      // finite in it is multiplied by itself.
+      bool repair = false;
       for (int64_t i = t.begin; i < t.end; ++i) {
         const Interval height = Height(i);
         T* to = packed_rows + (i - t.begin) * kRows * kBlock;
@@ -273,7 +274,7 @@ struct WeightTask {
         } else {
           rows.template PackColumns<0>(block, i / tiles_of_run, height.begin, h, h, to);
         }
-        if (padded && !rows.image) row_repair |= Clean(to, h * count);
+        if (padded && !rows.image) repair |= Clean(to, h * count);
       }
       for (int64_t q = p.begin; q < p.end; ++q) {
         const int64_t vectors = Vectors(q);
@@ -289,7 +290,13 @@ struct WeightTask {
             columns.template PackColumns<0>(block, q / lanes().panels(), Start(q, v), width, vectors * kN, to);
           }
         }
-        const bool repair = (padded && rows.image && Clean(packed_panel, count * vectors * kN)) || row_repair;
+        if (padded && (repair || rows.image) && Clean(packed_panel, count * vectors * kN) && !repair) {
+          repair = true;
+          for (int64_t i = t.begin; i < t.end; ++i) {
+            const Interval height = Height(i);
+            Clean(packed_rows + (i - t.begin) * kRows * kBlock, (height.end - height.begin) * count);
+          }
+        }
         for (int64_t i = t.begin; i < t.end; ++i) {
           const Interval height = Height(i);
           T* to = sums + ((i - t.begin) * panels_of_block() + q - p.begin) * kTile;
