@@ -20,12 +20,51 @@ struct Reads {
   int64_t count, tap, tap_step;
 };
 
+// The same as a list, where it is short: small windows are many, and three nested loops cost more than their taps do.
+struct Taps {
+  static constexpr int64_t kMost = 32;
+  struct Entry {
+    int64_t source, tap;
+  };
+
+  const Reads& reads;
+  bool listed;
+  int64_t count = 0;
+  Entry list[kMost];
+
+  explicit Taps(const Reads& reads) : reads(reads), listed(reads.rows[0] * reads.rows[1] * reads.count <= kMost) {
+    for (int64_t a = 0; listed && a < reads.rows[0]; ++a) {
+      for (int64_t b = 0; b < reads.rows[1]; ++b) {
+        const int64_t row = a * reads.row_step[0] + b * reads.row_step[1];
+        int64_t tap = reads.tap + a * reads.row_tap_step[0] + b * reads.row_tap_step[1];
+        for (int64_t c = 0; c < reads.count; ++c, tap += reads.tap_step) list[count++] = {row + reads.offset[c], tap};
+      }
+    }
+  }
+};
+
 // Taps of a row that are added up by themselves before they are added to the rest, so that the rounding errors of a long
 // window do not grow with its length.
 constexpr int64_t kLongRow = 512;
 
+// `op` comes by value: no store to the result can change a copy, so its members stay in registers.
 template <class Op>
-inline void Gather(const Op& op, const Reads& reads, int64_t source, int64_t target, int64_t n) {
+inline void Gather(const Op op, const Taps& taps, int64_t source, int64_t target, int64_t n) {
+  const Reads& reads = taps.reads;
+  if (taps.listed) {
+    const Taps::Entry* const end = taps.list + taps.count;
+    return Sweep<Op::kLanes>(n, [&](auto lanes, auto vectors, int64_t i) {
+      constexpr int kN = decltype(lanes)::value;
+      constexpr int kVectors = decltype(vectors)::value;
+      typename Op::template State<kN> state[kVectors];
+      for (int v = 0; v < kVectors; ++v) state[v] = op.Begin(lanes, target + i + v * kN, reads.tap);
+      for (const Taps::Entry* tap = taps.list; tap != end; ++tap) {
+        const int64_t from = source + i + tap->source;
+        for (int v = 0; v < kVectors; ++v) op.Tap(lanes, state[v], from + v * kN, tap->tap);
+      }
+      for (int v = 0; v < kVectors; ++v) op.Finish(lanes, state[v], target + i + v * kN);
+    });
+  }
   Sweep<Op::kLanes>(n, [&](auto lanes, auto vectors, int64_t i) {
     constexpr int kN = decltype(lanes)::value;
     constexpr int kVectors = decltype(vectors)::value;
@@ -231,12 +270,13 @@ inline void Runs(const Plan& plan, const Piece& piece, const Op& op, const Reads
         continue;
       }
     }
+    const Taps taps(reads);
     if (plan.joined) {
-      Gather(here, reads, from, to, run->length * piece.channels);
+      Gather(here, taps, from, to, run->length * piece.channels);
       continue;
     }
     for (int64_t j = 0; j < run->length; ++j) {
-      Gather(here, reads, from, to, piece.channels);
+      Gather(here, taps, from, to, piece.channels);
       from += plan.source_advance * plan.pitch;
       to += plan.target_advance * target_pitch;
     }
@@ -275,12 +315,13 @@ inline void Columns(const Plan& plan, const Piece& piece, const Op& op, const Re
 template <class Op>
 inline void ReduceRows(const Plan& plan, const Piece& piece, const Op& op, typename Op::Wide* scratch) {
   const Reads rows = RowsOf(plan, piece);
+  const Taps taps(rows);
   const ToScratch<Op> to(op, scratch);
   const int64_t begin = piece.chunk->source_begin;
   const int64_t count = piece.chunk->source_end - begin;
-  if (plan.blocks == 1) return Gather(to, rows, piece.source + begin * plan.inner, 0, count * plan.inner);
+  if (plan.blocks == 1) return Gather(to, taps, piece.source + begin * plan.inner, 0, count * plan.inner);
   for (int64_t i = 0; i < count; ++i) {
-    Gather(to, rows, piece.source + (begin + i) * plan.inner, i * plan.block, piece.channels);
+    Gather(to, taps, piece.source + (begin + i) * plan.inner, i * plan.block, piece.channels);
   }
 }
 
