@@ -104,7 +104,9 @@ Plan::Plan(const Geometry& geometry, const Wishes& wishes) : outer(geometry.oute
   const int64_t sources_a_target = wishes.backward ? 1 : axis.stride;
   const bool cheaper = rows_read * axis.kernel > sources_a_target * (rows_read + 1) + axis.kernel + 1;
   const bool forward_split = narrow && !wishes.backward;
-  staged = wishes.separable && ((rows_read > 1 && cheaper) || forward_split ||
+  // Where targets share their only source, what is to be done to it is done once.
+  alone = wishes.backward && (axis.windows == 1 || axis.kernel <= -last.tap_step);
+  staged = wishes.separable && ((rows_read > 1 && cheaper) || forward_split || (alone && axis.kernel > 1) ||
                                   (folded && (rows_read > 1 || wishes.backward)) || (geometry.weighted && wishes.backward));
   phased = narrow;
   // A walk that needs every row of the window split keeps them all in scratch: give that up where they are too many.

@@ -71,6 +71,7 @@ struct Plan {
   bool staged;          // rows are reduced vertically first
   bool phased;          // the strided side of a row passes through scratch, one phase after the other
   bool folded;          // single elements far apart: a window is reduced, or filled, along its own taps
+  bool alone;           // backward: a target reads at most one source of a row
   bool joined;          // consecutive targets of a run are adjacent on both sides
   int64_t block;        // channels worked on together
   int64_t blocks;

@@ -1,6 +1,10 @@
 // Vectors of N lanes (GNU vector extensions) and the element types: how each is loaded, compared, converted and stored.
 // Included by kernels.cc inside the namespace of one instruction set, so that no inline function is shared between two.
 
+// For loops whose body is a function object: called instead, it would find what it captured in memory, which any store may
+// have changed for all that the compiler knows.
+#define JAX_MPS_INLINE inline __attribute__((always_inline))
+
 template <class T, int N>
 struct VecOf {
   typedef T type __attribute__((vector_size(sizeof(T) * N)));
@@ -330,20 +334,24 @@ inline void StoreKey(T* to, Vec<Key<T>, N> key) {
   }
 }
 
-// ---- Sweeping a run of n elements: four vectors at a time, single vectors, and the rest as a vector that overlaps the one
+// ---- Sweeping a run of n elements: `most` vectors at a time (8 or 4), then four, then one, the last of which overlaps the one
 // before it; a run shorter than a vector with fewer lanes. body(lanes, vectors, position), the first two as types.
 
 template <int N>
 using Int = std::integral_constant<int, N>;
 
-template <int N, class Body>
-inline void Sweep(int64_t n, const Body& body) {
-  int64_t i = 0;
+template <int N, int most, class Body>
+JAX_MPS_INLINE void Sweep(int64_t n, const Body& body) {
   if (n >= N) {
-    for (; i + 4 * N <= n; i += 4 * N) body(Int<N>(), Int<4>(), i);
-    for (; i + N <= n; i += N) body(Int<N>(), Int<1>(), i);
-    if (i < n) body(Int<N>(), Int<1>(), n - N);
+    int64_t i = 0;
+    if constexpr (most >= 8) {
+      for (; i + 8 * N <= n; i += 8 * N) body(Int<N>(), Int<8>(), i);
+    }
+    if constexpr (most >= 4) {
+      for (; i + 4 * N <= n; i += 4 * N) body(Int<N>(), Int<4>(), i);
+    }
+    for (; i < n; i += N) body(Int<N>(), Int<1>(), i + N <= n ? i : n - N);
   } else if constexpr (N > 1) {
-    Sweep<(N > 8 ? N / 4 : N / 2)>(n, body);
+    Sweep<(N > 8 ? N / 4 : N / 2), 1>(n, body);
   }
 }
