@@ -99,6 +99,19 @@ inline bool Resize(Vec<From, N> v, Vec<To, N>& to) {
     to = Bits<Vec<To, N>>(kSigned ? _mm256_cvtepi8_epi16(x) : _mm256_cvtepu8_epi16(x));
     return true;
   }
+  // Packing saturates, so the bits that do not count go first; half a register at a time, lest the lanes get mixed up.
+  if constexpr (N == 8 && kFrom == 4 && kTo <= 2) {
+    const __m256i x = _mm256_and_si256(Bits<__m256i>(v), _mm256_set1_epi32(kTo == 1 ? 0xff : 0xffff));
+    const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+    if constexpr (kTo == 2) to = Bits<Vec<To, N>>(words);
+    if constexpr (kTo == 1) to = Bits<Vec<To, N>>(_mm_cvtsi128_si64(_mm_packus_epi16(words, words)));
+    return true;
+  }
+  if constexpr (N == 16 && kFrom == 2 && kTo == 1) {
+    const __m256i x = _mm256_and_si256(Bits<__m256i>(v), _mm256_set1_epi16(0xff));
+    to = Bits<Vec<To, N>>(_mm_packus_epi16(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1)));
+    return true;
+  }
 #endif
   return false;
 }
@@ -188,13 +201,20 @@ inline void Narrow(F16* to, Vec<float, N> v) {
   StoreRaw<N>(&to->bits, Convert<uint16_t, N>(result | (bits >> 16 & 0x8000)));
 }
 
+// Half of a unit is added, less one bit where the last digit that stays is even.
 template <int N>
 inline void Narrow(BF16* to, Vec<float, N> v) {
   using U = Vec<uint32_t, N>;
   const U bits = Bits<U>(v);
-  const U rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-  const U quiet = bits >> 16 | 0x40;
-  StoreRaw<N>(&to->bits, Convert<uint16_t, N>((bits & 0x7fffffff) > 0x7f800000 ? quiet : rounded));
+  const U rounded = bits + 0x8000 + Bits<U>((bits & 0x10000) == 0);
+  const U result = v != v ? bits | 0x400000 : rounded;
+#if defined(__AVX2__)
+  if constexpr (N == 8) {
+    const __m256i high = _mm256_srli_epi32(Bits<__m256i>(result), 16);
+    return StoreRaw<N>(&to->bits, _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1)));
+  }
+#endif
+  StoreRaw<N>(&to->bits, Convert<uint16_t, N>(result >> 16));
 }
 
 // ---- Numbers in memory as T, in registers as Lane.
