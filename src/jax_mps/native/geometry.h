@@ -96,6 +96,7 @@ struct Plan {
 };
 
 // Joins a last axis that one window covers exactly with the axis before it: global pooling becomes one-dimensional.
+// Rows of one channel that windows tile without a rest become one row.
 void MergeCoveredAxes(Geometry& geometry);
 
 }  // namespace jax_mps

@@ -164,7 +164,7 @@ struct PutTap {
   }
   template <int N, class V>
   void Tap(Int<N>, V& sum, int64_t from, int64_t tap) const {
-    AddWhere<I, Wide, N>(sum, taps + from, tap, Load<Wide, N>(source + from));
+    AddWhere<Wide, N>(sum, source + from, taps + from, tap);
   }
   template <int N, class V>
   void Finish(Int<N>, V sum, int64_t to) const {
