@@ -4,7 +4,7 @@ template <class T>
 struct Average {
   using Element = T;
   using Wide = Acc<T>;
-  static constexpr int kLanes = kVectorBytes / sizeof(Wide);
+  static constexpr int kLanes = kVectorBytes / sizeof(Wide), kVectors = 8;
   static constexpr bool kBackward = false, kSeparable = true;
   template <int N>
   using State = Vec<Wide, N>;
@@ -32,22 +32,25 @@ struct Average {
     Store<N>(target + to, divisor != 0 ? sum / divisor : V{});
   }
   Average At(int64_t counted) const { return {source, target, weighted, weighted ? static_cast<Wide>(counted) : divisor, stream}; }
-  void Stage(const Plan& plan, const Piece& piece, Wide* row) const { ReduceRows(plan, piece, *this, row); }
+  Average Stage(const Plan& plan, const Piece& piece, Wide* row) const {
+    ReduceRows(plan, piece, ToScratch<Average>(*this, row));
+    return *this;
+  }
 };
 
 template <class T>
 struct Spread {
   using Element = T;
   using Wide = Acc<T>;
-  static constexpr int kLanes = kVectorBytes / sizeof(Wide);
+  static constexpr int kLanes = kVectorBytes / sizeof(Wide), kVectors = 8;
   static constexpr bool kBackward = true, kSeparable = true;
   template <int N>
   using State = Vec<Wide, N>;
 
   const T* source;
   T* target;
-  bool weighted;
-  Wide divisor;  // of the result, unless weighted
+  bool weighted;  // whether what is summed was divided already
+  Wide divisor;
   bool stream;
 
   template <int N>
@@ -70,8 +73,25 @@ struct Spread {
   }
   const Spread& At(int64_t) const { return *this; }
 
-  void Stage(const Plan& plan, const Piece& piece, Wide* row) const {
-    if (!weighted) return ReduceRows(plan, piece, *this, row);
+  // Sums of rows, divided.
+  struct Quotient : ToScratch<Spread> {
+    using ToScratch<Spread>::ToScratch;
+    template <int N, class V>
+    void Finish(Int<N>, V sum, int64_t to) const {
+      StoreRaw<N>(this->scratch + to, sum / this->divisor);
+    }
+  };
+
+  Spread Stage(const Plan& plan, const Piece& piece, Wide* row) const {
+    const Spread divided = {source, target, true, divisor, stream};
+    if (!weighted && plan.alone) {
+      ReduceRows(plan, piece, Quotient(*this, row));
+      return divided;
+    }
+    if (!weighted) {
+      ReduceRows(plan, piece, ToScratch<Spread>(*this, row));
+      return *this;
+    }
     // Each window is divided by its own number of taps before it is added.
     const Reads rows = RowsOf(plan, piece);
     const Reach& planes = *piece.reach[0];
@@ -79,7 +99,7 @@ struct Spread {
     const Chunk& chunk = *piece.chunk;
     for (int64_t i = chunk.source_begin; i < chunk.source_end; ++i) {
       Wide* to = row + (i - chunk.source_begin) * plan.block;
-      Sweep<kLanes>(piece.channels, [&](auto lanes, auto vectors, int64_t c) {
+      Sweep<kLanes, kVectors>(piece.channels, [&](auto lanes, auto vectors, int64_t c) __attribute__((always_inline)) {
         constexpr int kN = decltype(lanes)::value;
         for (int v = 0; v < decltype(vectors)::value; ++v, c += kN) {
           State<kN> sum{};
@@ -96,6 +116,7 @@ struct Spread {
         }
       });
     }
+    return divided;
   }
 };
 

@@ -8,7 +8,7 @@ namespace jax_mps {
 namespace {
 
 constexpr int64_t kScratchBytes = 128 << 10;  // of a row: a fraction of the level-2 cache
-constexpr int64_t kRowBytes = 256 << 10;      // of a piece that needs no scratch
+constexpr int64_t kRowBytes = 64 << 10;       // of a piece that needs no scratch
 constexpr int64_t kBlock = 2048;              // channels of a block, where there are more than twice as many
 
 int64_t FloorDiv(int64_t a, int64_t b) { return a / b - (a % b < 0); }
@@ -104,7 +104,9 @@ Plan::Plan(const Geometry& geometry, const Wishes& wishes) : outer(geometry.oute
   const int64_t sources_a_target = wishes.backward ? 1 : axis.stride;
   const bool cheaper = rows_read * axis.kernel > sources_a_target * (rows_read + 1) + axis.kernel + 1;
   const bool forward_split = narrow && !wishes.backward;
-  staged = wishes.separable && ((rows_read > 1 && cheaper) || forward_split ||
+  // Where targets share their only source, what is to be done to it is done once.
+  alone = wishes.backward && (axis.windows == 1 || axis.kernel <= -last.tap_step);
+  staged = wishes.separable && ((rows_read > 1 && cheaper) || forward_split || (alone && axis.kernel > 1) ||
                                   (folded && (rows_read > 1 || wishes.backward)) || (geometry.weighted && wishes.backward));
   phased = narrow;
   // A walk that needs every row of the window split keeps them all in scratch: give that up where they are too many.
@@ -208,7 +210,7 @@ void MergeCoveredAxes(Geometry& geometry) {
     Axis& last = axis[2];
     Axis& before = axis[1];
     const bool covered = last.windows == 1 && last.lo == 0 && last.kernel == last.size && (last.dilation == 1 || last.size == 1);
-    if (!covered || (before.dilation != 1 && before.kernel != 1 && last.size != 1)) return;
+    if (!covered || (before.dilation != 1 && before.kernel != 1 && last.size != 1)) break;
     const int64_t width = last.size;
     Axis merged = before;
     for (int64_t Axis::*field : {&Axis::size, &Axis::kernel, &Axis::stride, &Axis::lo, &Axis::band_lo, &Axis::band_hi}) {
@@ -218,6 +220,16 @@ void MergeCoveredAxes(Geometry& geometry) {
     axis[2] = merged;
     axis[1] = axis[0];
     axis[0] = Axis();
+  }
+
+  const auto trivial = [](const Axis& a) { return a.size == 1 && a.windows == 1 && a.kernel == 1 && a.lo == 0; };
+  Axis& row = axis[2];
+  const bool tiled = row.lo == 0 && row.windows * row.stride == row.size && row.dilation * (row.kernel - 1) < row.stride;
+  if (geometry.inner == 1 && trivial(axis[0]) && trivial(axis[1]) && tiled) {
+    row.size *= geometry.outer;
+    row.windows *= geometry.outer;
+    row.band_lo = row.band_hi = 0;
+    geometry.outer = 1;
   }
 }
 

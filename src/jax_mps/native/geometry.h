@@ -71,6 +71,7 @@ struct Plan {
   bool staged;          // rows are reduced vertically first
   bool phased;          // the strided side of a row passes through scratch, one phase after the other
   bool folded;          // single elements far apart: a window is reduced, or filled, along its own taps
+  bool alone;           // backward: a target reads at most one source of a row
   bool joined;          // consecutive targets of a run are adjacent on both sides
   int64_t block;        // channels worked on together
   int64_t blocks;
@@ -95,6 +96,7 @@ struct Plan {
 };
 
 // Joins a last axis that one window covers exactly with the axis before it: global pooling becomes one-dimensional.
+// Rows of one channel that windows tile without a rest become one row.
 void MergeCoveredAxes(Geometry& geometry);
 
 }  // namespace jax_mps

@@ -7,7 +7,7 @@ template <class T, class R>
 struct Norm {
   using Element = T;
   using Wide = double;
-  static constexpr int kLanes = kVectorBytes / sizeof(Wide);
+  static constexpr int kLanes = kVectorBytes / sizeof(Wide), kVectors = 8;
   static constexpr bool kBackward = false, kSeparable = true;
   template <int N>
   using State = Vec<Wide, N>;
@@ -33,14 +33,17 @@ struct Norm {
     Store<N>(target + to, Sqrt<N>(sum));
   }
   const Norm& At(int64_t) const { return *this; }
-  void Stage(const Plan& plan, const Piece& piece, Wide* row) const { ReduceRows(plan, piece, *this, row); }
+  Norm Stage(const Plan& plan, const Piece& piece, Wide* row) const {
+    ReduceRows(plan, piece, ToScratch<Norm>(*this, row));
+    return *this;
+  }
 };
 
 // float64 has no wider type: sums of three scales, of which the one that neither overflowed nor vanished counts.
 struct ScaledNorm {
   using Element = double;
   using Wide = double;
-  static constexpr int kLanes = kVectorBytes / sizeof(Wide);
+  static constexpr int kLanes = kVectorBytes / sizeof(Wide), kVectors = 4;
   static constexpr bool kBackward = false, kSeparable = false;
   static constexpr double kDown = 0x1p-600, kUp = 0x1p600;
   template <int N>
@@ -79,7 +82,7 @@ template <class T>
 struct NormTangent {
   using Element = T;
   using Wide = double;
-  static constexpr int kLanes = kVectorBytes / sizeof(Wide);
+  static constexpr int kLanes = kVectorBytes / sizeof(Wide), kVectors = 8;
   static constexpr bool kBackward = false, kSeparable = true;
   template <int N>
   using State = Vec<Wide, N>;
@@ -107,7 +110,10 @@ struct NormTangent {
     Store<N>(target + to, y == 0 ? V{} : sum / y);
   }
   const NormTangent& At(int64_t) const { return *this; }
-  void Stage(const Plan& plan, const Piece& piece, Wide* row) const { ReduceRows(plan, piece, *this, row); }
+  NormTangent Stage(const Plan& plan, const Piece& piece, Wide* row) const {
+    ReduceRows(plan, piece, ToScratch<NormTangent>(*this, row));
+    return *this;
+  }
 };
 
 // ---- The gradient: x * sum of g / y over the windows that hold the pixel; windows with y = 0 add nothing.
@@ -116,7 +122,7 @@ template <class T>
 struct NormGradient {
   using Element = T;
   using Wide = double;
-  static constexpr int kLanes = kVectorBytes / sizeof(Wide);
+  static constexpr int kLanes = kVectorBytes / sizeof(Wide), kVectors = 8;
   static constexpr bool kBackward = true, kSeparable = true;
   template <int N>
   using State = Vec<Wide, N>;
@@ -144,7 +150,10 @@ struct NormGradient {
     Store<N>(target + to, Load<Wide, N>(source + to) * sum);
   }
   const NormGradient& At(int64_t) const { return *this; }
-  void Stage(const Plan& plan, const Piece& piece, Wide* row) const { ReduceRows(plan, piece, *this, row); }
+  NormGradient Stage(const Plan& plan, const Piece& piece, Wide* row) const {
+    ReduceRows(plan, piece, ToScratch<NormGradient>(*this, row));
+    return *this;
+  }
 };
 
 template <class T, class R>

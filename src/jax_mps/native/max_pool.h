@@ -6,7 +6,7 @@ template <class T>
 struct MaxValue {
   using Element = T;
   using Wide = Key<T>;
-  static constexpr int kLanes = kVectorBytes / sizeof(Wide);
+  static constexpr int kLanes = kVectorBytes / sizeof(Wide), kVectors = 8;
   static constexpr bool kBackward = false, kSeparable = true;
   template <int N>
   using State = Vec<Wide, N>;
@@ -33,7 +33,10 @@ struct MaxValue {
     StoreKey<N>(target + to, best);
   }
   const MaxValue& At(int64_t) const { return *this; }
-  void Stage(const Plan& plan, const Piece& piece, Wide* row) const { ReduceRows(plan, piece, *this, row); }
+  MaxValue Stage(const Plan& plan, const Piece& piece, Wide* row) const {
+    ReduceRows(plan, piece, ToScratch<MaxValue>(*this, row));
+    return *this;
+  }
 };
 
 // ---- The tap of the maximum, and the maximum with it.
@@ -48,7 +51,7 @@ struct MaxTap {
   using Element = T;
   using Wide = K;
   using Index = SignedLane<K>;
-  static constexpr int kLanes = kVectorBytes / sizeof(K);
+  static constexpr int kLanes = kVectorBytes / sizeof(K), kVectors = 4;
   static constexpr bool kBackward = false, kSeparable = false;
   template <int N>
   struct State {
@@ -110,7 +113,7 @@ template <class T, class I>
 struct TakeTap {
   using Element = T;
   using Wide = Acc<T>;
-  static constexpr int kLanes = kVectorBytes / sizeof(Wide);
+  static constexpr int kLanes = kVectorBytes / sizeof(Wide), kVectors = 4;
   static constexpr bool kBackward = false, kSeparable = false;
   template <int N>
   struct State {
@@ -145,7 +148,7 @@ template <class T, class I>
 struct PutTap {
   using Element = T;
   using Wide = Acc<T>;
-  static constexpr int kLanes = kVectorBytes / sizeof(Wide);
+  static constexpr int kLanes = kVectorBytes / sizeof(Wide), kVectors = 4;
   static constexpr bool kBackward = true, kSeparable = false;
   template <int N>
   using State = Vec<Wide, N>;
@@ -161,7 +164,7 @@ struct PutTap {
   }
   template <int N, class V>
   void Tap(Int<N>, V& sum, int64_t from, int64_t tap) const {
-    AddWhere<I, Wide, N>(sum, taps + from, tap, Load<Wide, N>(source + from));
+    AddWhere<Wide, N>(sum, source + from, taps + from, tap);
   }
   template <int N, class V>
   void Finish(Int<N>, V sum, int64_t to) const {

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
+#include <cstdio>
 #include <cstdlib>
 #include <memory>
 #include <mutex>
@@ -146,8 +147,15 @@ void* Scratch(size_t bytes) {
 bool ExceedsCaches(size_t bytes) {
   static const size_t limit = [] {
     long cache = 0;
+#ifdef __linux__
+    // sysconf() adds up the caches of all the cores of some processors; a core has only one of them.
+    if (std::FILE* file = std::fopen("/sys/devices/system/cpu/cpu0/cache/index3/size", "r")) {
+      if (std::fscanf(file, "%ldK", &cache) == 1) cache <<= 10;
+      std::fclose(file);
+    }
+#endif
 #ifdef _SC_LEVEL3_CACHE_SIZE
-    cache = sysconf(_SC_LEVEL3_CACHE_SIZE);
+    if (cache <= 0) cache = sysconf(_SC_LEVEL3_CACHE_SIZE);
 #endif
     // What reads the result next has operands of its own: half the cache is what one result may hope for.
     return (cache > 0 ? static_cast<size_t>(cache) : size_t{32} << 20) / 2;

@@ -2,7 +2,7 @@
 //
 // An operation `Op` says what is done with it:
 //   Element, Wide             type of the sources; type of the sums or keys a row of scratch holds
-//   kLanes                    lanes of a full vector
+//   kLanes, kVectors          lanes of a full vector; how many vectors' states fit into the registers (8 or 4)
 //   kBackward, kSeparable     direction; whether rows may be reduced before columns
 //   State<N>                  N targets in registers (Vec<Wide, N> if backward or separable)
 //   Begin(lanes, target, tap) the state before the first tap
@@ -10,6 +10,8 @@
 //   Merge(state, vector)      the same from reduced rows (if separable)
 //   Finish(lanes, state, target)      stores the result
 //   At(divisor)               the operation for targets with this number of counted taps
+//   Stage(plan, piece, row)   reduces the rows of a piece into one of scratch; returns the operation that goes on from there
+//                             (if separable)
 //   From(scratch)             the operation on another source (if forward and not separable)
 // Positions are in elements; `lanes` is an Int<N>.
 
@@ -20,17 +22,56 @@ struct Reads {
   int64_t count, tap, tap_step;
 };
 
+// The same as a list, where it is short: small windows are many, and three nested loops cost more than their taps do.
+struct Taps {
+  static constexpr int64_t kMost = 32;
+  struct Entry {
+    int64_t source, tap;
+  };
+
+  const Reads& reads;
+  bool listed;
+  int64_t count = 0;
+  Entry list[kMost];
+
+  explicit Taps(const Reads& reads) : reads(reads), listed(reads.rows[0] * reads.rows[1] * reads.count <= kMost) {
+    for (int64_t a = 0; listed && a < reads.rows[0]; ++a) {
+      for (int64_t b = 0; b < reads.rows[1]; ++b) {
+        const int64_t row = a * reads.row_step[0] + b * reads.row_step[1];
+        int64_t tap = reads.tap + a * reads.row_tap_step[0] + b * reads.row_tap_step[1];
+        for (int64_t c = 0; c < reads.count; ++c, tap += reads.tap_step) list[count++] = {row + reads.offset[c], tap};
+      }
+    }
+  }
+};
+
 // Taps of a row that are added up by themselves before they are added to the rest, so that the rounding errors of a long
 // window do not grow with its length.
 constexpr int64_t kLongRow = 512;
 
+// `op` comes by value: no store to the result can change a copy, so its members stay in registers.
 template <class Op>
-inline void Gather(const Op& op, const Reads& reads, int64_t source, int64_t target, int64_t n) {
-  Sweep<Op::kLanes>(n, [&](auto lanes, auto vectors, int64_t i) {
+inline void Gather(const Op op, const Taps& taps, int64_t source, int64_t target, int64_t n) {
+  const Reads& reads = taps.reads;
+  if (taps.listed) {
+    const Taps::Entry* const end = taps.list + taps.count;
+    return Sweep<Op::kLanes, Op::kVectors>(n, [&](auto lanes, auto vectors, int64_t i) __attribute__((always_inline)) {
+      constexpr int kN = decltype(lanes)::value;
+      constexpr int kVectors = decltype(vectors)::value;
+      typename Op::template State<kN> state[kVectors];
+      for (int v = 0; v < kVectors; ++v) state[v] = op.Begin(lanes, target + i + v * kN, reads.tap);
+      for (const Taps::Entry* tap = taps.list; tap != end; ++tap) {
+        const int64_t from = source + i + tap->source;
+        for (int v = 0; v < kVectors; ++v) op.Tap(lanes, state[v], from + v * kN, tap->tap);
+      }
+      for (int v = 0; v < kVectors; ++v) op.Finish(lanes, state[v], target + i + v * kN);
+    });
+  }
+  Sweep<Op::kLanes, Op::kVectors>(n, [&](auto lanes, auto vectors, int64_t i) __attribute__((always_inline)) {
     constexpr int kN = decltype(lanes)::value;
     constexpr int kVectors = decltype(vectors)::value;
     using State = typename Op::template State<kN>;
-    const auto take = [&](State* state, int64_t begin, int64_t end) {
+    const auto take = [&](State* state, int64_t begin, int64_t end) __attribute__((always_inline)) {
       for (int64_t a = 0; a < reads.rows[0]; ++a) {
         for (int64_t b = 0; b < reads.rows[1]; ++b) {
           const int64_t row = source + i + a * reads.row_step[0] + b * reads.row_step[1];
@@ -231,12 +272,10 @@ inline void Runs(const Plan& plan, const Piece& piece, const Op& op, const Reads
         continue;
       }
     }
-    if (plan.joined) {
-      Gather(here, reads, from, to, run->length * piece.channels);
-      continue;
-    }
-    for (int64_t j = 0; j < run->length; ++j) {
-      Gather(here, reads, from, to, piece.channels);
+    const Taps taps(reads);
+    const int64_t together = plan.joined ? run->length : 1;
+    for (int64_t j = 0; j < run->length; j += together) {
+      Gather(here, taps, from, to, together * piece.channels);
       from += plan.source_advance * plan.pitch;
       to += plan.target_advance * target_pitch;
     }
@@ -247,7 +286,7 @@ inline void Runs(const Plan& plan, const Piece& piece, const Op& op, const Reads
 template <class Op>
 inline void FinishRow(const Plan& plan, const Piece& piece, const Op& op, const typename Op::Wide* row) {
   const int64_t target = piece.target + piece.chunk->begin * plan.inner;
-  Sweep<Op::kLanes>((piece.chunk->end - piece.chunk->begin) * plan.inner, [&](auto lanes, auto vectors, int64_t i) {
+  Sweep<Op::kLanes, Op::kVectors>((piece.chunk->end - piece.chunk->begin) * plan.inner, [&](auto lanes, auto vectors, int64_t i) __attribute__((always_inline)) {
     constexpr int kN = decltype(lanes)::value;
     for (int v = 0; v < decltype(vectors)::value; ++v, i += kN) {
       op.Finish(lanes, LoadRaw<typename Op::Wide, kN>(row + i), target + i);
@@ -271,16 +310,16 @@ inline void Columns(const Plan& plan, const Piece& piece, const Op& op, const Re
   Runs(plan, piece, op, rows, source, piece.target, plan.inner);
 }
 
-// Reduces the rows a piece reads into one, of adjacent positions.
+// Reduces the rows a piece reads into one, of adjacent positions. `to` finishes in scratch.
 template <class Op>
-inline void ReduceRows(const Plan& plan, const Piece& piece, const Op& op, typename Op::Wide* scratch) {
+inline void ReduceRows(const Plan& plan, const Piece& piece, const Op& to) {
   const Reads rows = RowsOf(plan, piece);
-  const ToScratch<Op> to(op, scratch);
+  const Taps taps(rows);
   const int64_t begin = piece.chunk->source_begin;
   const int64_t count = piece.chunk->source_end - begin;
-  if (plan.blocks == 1) return Gather(to, rows, piece.source + begin * plan.inner, 0, count * plan.inner);
+  if (plan.blocks == 1) return Gather(to, taps, piece.source + begin * plan.inner, 0, count * plan.inner);
   for (int64_t i = 0; i < count; ++i) {
-    Gather(to, rows, piece.source + (begin + i) * plan.inner, i * plan.block, piece.channels);
+    Gather(to, taps, piece.source + (begin + i) * plan.inner, i * plan.block, piece.channels);
   }
 }
 
@@ -306,18 +345,18 @@ inline void WalkPiece(const Plan& plan, const Piece& piece, const Op& op, typena
       using Wide = typename Op::Wide;
       Wide* row = scratch;
       scratch += plan.span * plan.block;
-      op.Stage(plan, piece, row);
+      const Op staged = op.Stage(plan, piece, row);
       if constexpr (Op::kBackward) {
         if (plan.folded) {
           Fill(chunk, axis, row, scratch);
-          return FinishRow(plan, piece, op, scratch);
+          return FinishRow(plan, piece, staged, scratch);
         }
       }
       if (split) {
         Rearrange<true>(row, scratch, first, count, axis.stride, plan.phase_length, plan.block);
         row = scratch;
       }
-      return Columns(plan, piece, FromScratch<Op>(op, row), OneRow(rows), 0, scratch);
+      return Columns(plan, piece, FromScratch<Op>(staged, row), OneRow(rows), 0, scratch);
     }
   } else if constexpr (!Op::kBackward) {
     if (split) {
