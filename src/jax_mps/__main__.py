@@ -15,12 +15,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit status: 0 for success, 1 for a failed check, 2 for wrong use."""
     parser = argparse.ArgumentParser(
         prog="python -m jax_mps",
-        description="Pooling for JAX with the exact meaning of Apple's MPS CNN kernels.",
+        description="Pooling and transposed convolution for JAX with the meaning of Apple's MPS CNN kernels.",
     )
     commands = parser.add_subparsers(metavar="command")
     for name, module, summary in (
         ("info", info, "versions, devices, and which path serves each platform"),
-        ("demo", demo, "train a small network with these poolings, check its gradients, draw a picture"),
+        ("demo", demo, "train two small networks with these layers, check their gradients, draw a picture"),
         ("bench", bench, "time the named shapes beside stock JAX and PyTorch"),
     ):
         command = commands.add_parser(name, help=summary, description=module.__doc__)

@@ -63,7 +63,7 @@ def target(name: str) -> str:
 
 
 def native_available() -> bool:
-    """Whether pooling on the CPU runs on the native kernels.
+    """Whether the operations run on the native kernels on the CPU.
 
     Where it is false, everything works through StableHLO; `python -m jax_mps info` says why.
 
