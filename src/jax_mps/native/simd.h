@@ -369,7 +369,7 @@ inline void StoreKey(T* to, Vec<Key<T>, N> key) {
 template <int N>
 using Int = std::integral_constant<int, N>;
 
-template <int N, int most, class Body>
+template <int N, int most = 4, class Body>
 JAX_MPS_INLINE void Sweep(int64_t n, const Body& body) {
   if (n >= N) {
     int64_t i = 0;
