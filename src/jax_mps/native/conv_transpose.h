@@ -19,6 +19,7 @@ constexpr int kPanel = 2;
 #endif
 
 constexpr int64_t kCacheBytes = 256 << 10;  // what a task may keep: half a level-2 cache
+constexpr int64_t kNearBytes = 32 << 10;    // what a task keeps that does little with each number: a level-1 cache
 
 inline int64_t Least(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t Most(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -35,14 +36,24 @@ struct Tap {
   int64_t source, step, length;
 };
 
-// Lanes are worked on in vectors; the last of them overlaps the one before, so that none is partial unless there is no other.
+// Lanes are cut into panels of adjacent vectors. Where a part of a vector is left, a panel of one vector ends with the last
+// lane and overlaps its neighbour, so that no vector is partial unless there is no other.
+struct Panel {
+  int64_t start, vectors, first;  // lane; vectors before it
+};
+
 template <class T>
 struct Lanes {
   int64_t count;
+  int64_t whole() const { return count / kLanes<T>; }
   int64_t vectors() const { return (count + kLanes<T> - 1) / kLanes<T>; }
-  int64_t panels() const { return (vectors() + kPanel - 1) / kPanel; }
+  int64_t panels() const { return (whole() + kPanel - 1) / kPanel + vectors() - whole(); }
   int64_t padded() const { return Most(count, kLanes<T>); }
-  int64_t start(int64_t vector) const { return Most(0, Least(vector * kLanes<T>, count - kLanes<T>)); }
+  Panel panel(int64_t p) const {
+    const int64_t first = p * kPanel;
+    if (first < whole()) return {first * kLanes<T>, Least(kPanel, whole() - first), first};
+    return {Most(0, count - kLanes<T>), 1, whole()};
+  }
 };
 
 // body(0), ..., body(N - 1) written out: GCC would make a loop that zeroes registers one that fills memory.
@@ -55,8 +66,8 @@ __attribute__((always_inline)) inline void Unroll(const Body& body) {
 // target[row][lane] = sum over taps and elements. `weights` is the panel [step][V vectors]. If `across`, lanes of the source
 // meet lanes of the panel; else each element of the source meets all of them.
 template <bool across, int R, int V, class S, class T>
-__attribute__((noinline)) void MultiplyTile(const S* source, T* target, const Row* rows, const Tap* taps, int64_t tap_count, const T* weights,
-                         const int64_t* start, bool stream) {
+__attribute__((noinline)) void MultiplyTile(const S* source, T* target, const Row* rows, const Tap* taps, int64_t tap_count,
+                                            const T* weights) {
   constexpr int kN = kLanes<T>;
   Vec<T, kN> sum[R][V];
   const S* from[R];
@@ -69,8 +80,7 @@ __attribute__((noinline)) void MultiplyTile(const S* source, T* target, const Ro
     if constexpr (across) {
       Unroll<V>([&](int v) {
         const auto weight = LoadRaw<T, kN>(panel + v * kN);
-        const int64_t at = tap->source + start[v];
-        Unroll<R>([&](int r) { sum[r][v] += Load<T, kN>(from[r] + at) * weight; });
+        Unroll<R>([&](int r) { sum[r][v] += Load<T, kN>(from[r] + tap->source + v * kN) * weight; });
       });
     } else {
       const int64_t end = tap->source + tap->length;
@@ -86,38 +96,33 @@ __attribute__((noinline)) void MultiplyTile(const S* source, T* target, const Ro
   }
   Unroll<R>([&](int r) {
     Unroll<V>([&](int v) {
-      T* to = target + rows[r].target + start[v];
-      if (stream) {
-        Stream<kN>(to, sum[r][v]);
-      } else {
-        StoreRaw<kN>(to, sum[r][v]);
-      }
+      StoreRaw<kN>(target + rows[r].target + v * kN, sum[r][v]);
     });
   });
 }
 
 template <bool across, int R, int V, class S, class T>
 inline void MultiplyRows(int64_t count, const S* source, T* target, const Row* rows, const Tap* taps, int64_t tap_count,
-                         const T* weights, const int64_t* start, bool stream) {
+                         const T* weights) {
   if constexpr (R > 1) {
-    if (count < R) return MultiplyRows<across, R - 1, V>(count, source, target, rows, taps, tap_count, weights, start, stream);
+    if (count < R) return MultiplyRows<across, R - 1, V>(count, source, target, rows, taps, tap_count, weights);
   }
-  MultiplyTile<across, R, V>(source, target, rows, taps, tap_count, weights, start, stream);
+  MultiplyTile<across, R, V>(source, target, rows, taps, tap_count, weights);
 }
 
 template <bool across, int V, class S, class T>
 inline void MultiplyPanel(int64_t vectors, int64_t count, const S* source, T* target, const Row* rows, const Tap* taps,
-                          int64_t tap_count, const T* weights, const int64_t* start, bool stream) {
+                          int64_t tap_count, const T* weights) {
   if constexpr (V > 1) {
     if (vectors < V) {
-      return MultiplyPanel<across, V - 1>(vectors, count, source, target, rows, taps, tap_count, weights, start, stream);
+      return MultiplyPanel<across, V - 1>(vectors, count, source, target, rows, taps, tap_count, weights);
     }
   }
   // Tiles of equal height: 16 rows are 6, 5 and 5.
   const int64_t tiles = (count + kRows - 1) / kRows;
   for (int64_t t = 0; t < tiles; ++t) {
     const int64_t begin = count * t / tiles, end = count * (t + 1) / tiles;
-    MultiplyRows<across, kRows, V>(end - begin, source, target, rows + begin, taps, tap_count, weights, start, stream);
+    MultiplyRows<across, kRows, V>(end - begin, source, target, rows + begin, taps, tap_count, weights);
   }
 }
 
@@ -157,22 +162,17 @@ bool Pack(const Schedule& schedule, const E* kernel, const KernelStrides& stride
     const int64_t panels = lanes.panels();
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t tap = unit % c.taps, panel = unit / c.taps % panels, group = unit / c.taps / panels;
-      const int64_t first = panel * kPanel;
-      const int64_t vectors = Least(kPanel, lanes.vectors() - first);
+      const auto [start, vectors, first] = lanes.panel(panel);
       T* to = c.to + group * c.weights.group_size() + (first * c.weights.steps + tap * c.depth * vectors) * kN;
       const E* from = c.kernel + strides.base + group * strides.group + tap * strides.tap;
-      for (int64_t v = 0; v < vectors; ++v) {
-        const int64_t start = lanes.start(first + v);
-        for (int lane = 0; lane < kN; ++lane) {
-          const int64_t l = start + lane;
-          T* column = to + v * kN + lane;
-          if (l >= lanes.count) {
-            for (int64_t d = 0; d < c.depth; ++d) column[d * vectors * kN] = 0;
-            continue;
-          }
-          const E* entry = from + l / strides.inner * strides.outer + l % strides.inner * strides.lane;
-          for (int64_t d = 0; d < c.depth; ++d) column[d * vectors * kN] = Load<T, 1>(entry + d * strides.depth)[0];
+      for (int64_t lane = 0; lane < vectors * kN; ++lane, ++to) {
+        const int64_t l = start + lane;
+        if (l >= lanes.count) {
+          for (int64_t d = 0; d < c.depth; ++d) to[d * vectors * kN] = 0;
+          continue;
         }
+        const E* entry = from + l / strides.inner * strides.outer + l % strides.inner * strides.lane;
+        for (int64_t d = 0; d < c.depth; ++d) to[d * vectors * kN] = Load<T, 1>(entry + d * strides.depth)[0];
       }
     }
     return true;
@@ -347,7 +347,7 @@ struct Gather {
   Weights<T> weights;
   int64_t depth;       // channels of a group of the source
   int64_t narrow;      // channels of a group of the target
-  bool direct_source, direct_target, stream;
+  bool direct_source, direct_target;
   int64_t source_pitch, target_pitch, group_pitch;  // of tiles
   int64_t splits;      // of the panels
   int64_t source_room, target_room, row_room, tap_room;  // elements of scratch
@@ -453,14 +453,11 @@ struct Gather {
     const int64_t some = across ? kRows : count;
     for (int64_t begin = 0; begin < count; begin += some) {
       for (int64_t p = panels.begin; p < panels.end; ++p) {
-        const int64_t group = p / lanes.panels(), first = p % lanes.panels() * kPanel;
-        const int64_t vectors = Least(kPanel, lanes.vectors() - first);
-        int64_t start[kPanel];
-        for (int v = 0; v < kPanel; ++v) start[v] = lanes.start(first + v);
-        MultiplyPanel<across, kPanel>(vectors, Least(some, count - begin), from + group * depth * (across ? 0 : 1),
-                                      to + group * group_pitch, rows + begin, taps, tap_count,
-                                      weights.data + group * weights.group_size() + first * weights.steps * kN, start,
-                                      stream && to == reinterpret_cast<T*>(target.data));
+        const int64_t group = p / lanes.panels();
+        const Panel panel = lanes.panel(p % lanes.panels());
+        MultiplyPanel<across, kPanel>(panel.vectors, Least(some, count - begin), from + (across ? panel.start : group * depth),
+                                      to + group * group_pitch + panel.start, rows + begin, taps, tap_count,
+                                      weights.data + group * weights.group_size() + panel.first * weights.steps * kN);
       }
     }
   }
@@ -584,8 +581,9 @@ struct Gather {
       return;
     }
     for (int64_t p = panels.begin; p < panels.end; ++p) {
-      const int64_t group = p / lanes.panels(), panel = p % lanes.panels();
-      const int64_t begin = panel * kPanel * kN, end = Least(begin + kPanel * kN, lanes.count);
+      const int64_t group = p / lanes.panels();
+      const Panel panel = lanes.panel(p % lanes.panels());
+      const int64_t begin = panel.start, end = Least(begin + panel.vectors * kN, lanes.count);
       Emit(tile + group * group_pitch + begin, target_pitch, target, box, {group * lanes.count + begin, group * lanes.count + end});
     }
   }
@@ -649,10 +647,9 @@ bool GatherAll(const ConvProblem& problem) {
   double ratio = 1;
   for (const ConvAxis& axis : problem.axis) ratio *= axis.stride;
   const double bytes = (target_pitch + source_pitch * (forward ? (overlap ? 0 : 1 / ratio) : ratio)) * sizeof(T);
-  const GatherPlan plan(problem, static_cast<int64_t>(kCacheBytes / bytes) + 1, overlap);
-  const size_t targets_bytes = sizeof(T) * problem.batch * target.pixels() * target.channels;
-  Gather<E, R> gather = {problem, plan, way, source, target, weights, depth, narrow, direct_source, direct_target,
-                         direct_target && !overlap && ExceedsCaches(targets_bytes), source_pitch, target_pitch, group_pitch, 1, 0, 0, 0, 0};
+  const GatherPlan plan(problem, static_cast<int64_t>((across ? kNearBytes : kCacheBytes) / bytes) + 1, overlap);
+  Gather<E, R> gather = {problem, plan, way, source, target, weights, depth, narrow, direct_source, direct_target, source_pitch,
+                         target_pitch, group_pitch, 1, 0, 0, 0, 0};
   const int64_t boxes = plan.box_count();
   if (!overlap) gather.splits = Most(1, Least(weights.panels(), (32 + boxes - 1) / boxes));
   int64_t sources = 1, targets = 1;
@@ -685,7 +682,6 @@ bool GatherAll(const ConvProblem& problem) {
     for (int64_t unit = begin; unit < end; ++unit) {
       if (!gather.Work(unit)) return false;
     }
-    StreamFence();
     return true;
   };
   return ParallelFor(*problem.schedule, units, static_cast<int64_t>(work / units) + 1024, body, &gather);

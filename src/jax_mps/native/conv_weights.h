@@ -10,17 +10,26 @@ struct Piece {
   int64_t batch, plane, line, begin, count, at;
 };
 
-template <class Body>
-inline void ForPieces(const ConvProblem& p, Interval windows, const Body& body) {
+// Lists the pieces of a range of windows; as many as there are windows at most.
+inline int64_t ListPieces(const ConvProblem& p, Interval windows, Piece* pieces) {
   const int64_t width = p.axis[2].windows;
-  for (int64_t w = windows.begin; w < windows.end;) {
+  int64_t number = 0;
+  for (int64_t w = windows.begin; w < windows.end; ++number) {
     const int64_t line = w / width, begin = w % width;
     const int64_t count = Least(width - begin, windows.end - w);
-    body(Piece{line / p.axis[1].windows / p.axis[0].windows, line / p.axis[1].windows % p.axis[0].windows,
-               line % p.axis[1].windows, begin, count, w - windows.begin});
+    pieces[number] = {line / p.axis[1].windows / p.axis[0].windows, line / p.axis[1].windows % p.axis[0].windows,
+                      line % p.axis[1].windows, begin, count, w - windows.begin};
     w += count;
   }
+  return number;
 }
+
+struct Pieces {
+  const Piece* first;
+  int64_t number;
+  const Piece* begin() const { return first; }
+  const Piece* end() const { return first + number; }
+};
 
 // One operand as columns: channels of the source, or of the pixels that a window touches through a run of taps.
 template <class T>
@@ -32,54 +41,68 @@ struct Columns {
   int64_t run_taps;     // adjacent taps in a run
   int64_t group;        // first channel
 
+  // The first pixel a run touches, for the window at the origin.
+  struct Origin {
+    int64_t plane, line, pixel;
+  };
+  Origin OriginOf(int64_t run) const {
+    const ConvAxis* axis = problem.axis;
+    const int64_t runs_of_row = axis[2].kernel / run_taps;
+    return {axis[0].dilation * (run / runs_of_row / axis[1].kernel) - axis[0].lo,
+            axis[1].dilation * (run / runs_of_row % axis[1].kernel) - axis[1].lo,
+            axis[2].dilation * (run % runs_of_row) - axis[2].lo};
+  }
+
   // The row that a run reads for a piece: elements first + step * window + column, where inside [0, limit).
   struct Line {
     const T* data;
     int64_t first, step, limit;
   };
-  Line At(const Piece& piece, int64_t run) const {
+  Line At(const Piece& piece, const Origin& origin) const {
     if (!image) {
       return {array.data + array.row(piece.batch, piece.plane, piece.line), piece.begin * array.channels + group,
               array.channels, array.size[2] * array.channels};
     }
     const ConvAxis* axis = problem.axis;
-    const int64_t runs_of_row = axis[2].kernel / run_taps;
-    const int64_t tap[3] = {run / runs_of_row / axis[1].kernel, run / runs_of_row % axis[1].kernel, run % runs_of_row};
-    const int64_t i = axis[0].stride * piece.plane - axis[0].lo + axis[0].dilation * tap[0];
-    const int64_t j = axis[1].stride * piece.line - axis[1].lo + axis[1].dilation * tap[1];
+    const int64_t i = axis[0].stride * piece.plane + origin.plane, j = axis[1].stride * piece.line + origin.line;
     if (i < 0 || i >= axis[0].pixels || j < 0 || j >= axis[1].pixels) return {array.data, 0, 0, 0};
-    const int64_t k = axis[2].stride * piece.begin - axis[2].lo + axis[2].dilation * tap[2];
-    return {array.data + array.row(piece.batch, i, j), k * array.channels + group, axis[2].stride * array.channels,
-            array.size[2] * array.channels};
+    return {array.data + array.row(piece.batch, i, j), (axis[2].stride * piece.begin + origin.pixel) * array.channels + group,
+            axis[2].stride * array.channels, array.size[2] * array.channels};
   }
 
   // Columns [column, column + count) of a run for all windows of a block, `pitch` apart; zeros outside the image.
-  template <int kCount>
-  void PackColumns(Interval windows, int64_t run, int64_t column, int64_t count, int64_t pitch, T* to) const {
-    if constexpr (kCount > 0) count = kCount;
-    ForPieces(problem, windows, [&](const Piece& piece) {
-      const Line line = At(piece, run);
-      const int64_t first = line.first + column;
+  template <int count>
+  void PackExactly(Pieces pieces, int64_t run, int64_t column, int64_t pitch, T* to) const {
+    const Origin origin = OriginOf(run);
+    for (const Piece& piece : pieces) {
+      const Line line = At(piece, origin);
+      const int64_t first = line.first + column, step = line.step, last = first + (piece.count - 1) * step + count;
       T* out = to + piece.at * pitch;
-      int64_t begin = 0, end = 0;  // windows all of whose columns are inside
-      if (line.limit > 0) {
-        begin = first >= 0 ? 0 : Least(piece.count, (line.step - 1 - first) / line.step);
-        end = first + count > line.limit ? 0 : Least(piece.count, (line.limit - count - first) / line.step + 1);
-        if (end < begin) end = begin;
+      int64_t begin = 0, end = piece.count;  // windows all of whose columns are inside
+      if (line.limit == 0) {
+        end = 0;
+      } else if (first < 0 || last > line.limit) {
+        begin = first >= 0 ? 0 : Least(piece.count, (step - 1 - first) / step);
+        end = first + count > line.limit ? begin : Most(begin, Least(piece.count, (line.limit - count - first) / step + 1));
       }
       for (int64_t w = 0; w < piece.count; ++w) {
         if (w == begin) w = end;
         if (w == piece.count) break;
         for (int64_t c = 0; c < count; ++c) {
-          const int64_t at = first + w * line.step + c;
+          const int64_t at = first + w * step + c;
           out[w * pitch + c] = at >= 0 && at < line.limit ? line.data[at] : 0;
         }
       }
       const T* from = line.data + first;
-      for (int64_t w = begin; w < end; ++w) {
-        for (int64_t c = 0; c < count; ++c) out[w * pitch + c] = from[w * line.step + c];
-      }
-    });
+      for (int64_t w = begin; w < end; ++w) __builtin_memcpy(out + w * pitch, from + w * step, count * sizeof(T));
+    }
+  }
+  template <int most>
+  void Pack(Pieces pieces, int64_t run, int64_t column, int64_t count, int64_t pitch, T* to) const {
+    if constexpr (most > 1) {
+      if (count < most) return Pack<most - 1>(pieces, run, column, count, pitch, to);
+    }
+    PackExactly<most>(pieces, run, column, pitch, to);
   }
 };
 
@@ -167,8 +190,7 @@ struct WeightTask {
     const int64_t i = t % tiles_of_run;
     return {row_side.width * i / tiles_of_run, row_side.width * (i + 1) / tiles_of_run};
   }
-  int64_t Vectors(int64_t panel) const { return Least(kPanel, lanes().vectors() - panel % lanes().panels() * kPanel); }
-  int64_t Start(int64_t panel, int64_t v) const { return lanes().start(panel % lanes().panels() * kPanel + v); }
+  Panel PanelAt(int64_t q) const { return lanes().panel(q % lanes().panels()); }
 
   // Where a weight lies but for its group.
   int64_t Entry(const Columns<T>& side, int64_t run, int64_t column) const {
@@ -177,9 +199,9 @@ struct WeightTask {
     return (run * side.run_taps + column / out) * layout.tap + column % out * layout.out;
   }
 
-  bool Padded(Interval block) const {
+  bool Padded(Pieces pieces) const {
     bool padded = false;
-    ForPieces(problem, block, [&](const Piece& piece) {
+    for (const Piece& piece : pieces) {
       const int64_t first[3] = {piece.plane, piece.line, piece.begin};
       const int64_t last[3] = {piece.plane, piece.line, piece.begin + piece.count - 1};
       for (int a = 0; a < 3; ++a) {
@@ -187,7 +209,7 @@ struct WeightTask {
         padded |= axis.stride * first[a] < axis.lo ||
                   axis.stride * last[a] - axis.lo + axis.dilation * (axis.kernel - 1) >= axis.pixels;
       }
-    });
+    }
     return padded;
   }
 
@@ -211,12 +233,13 @@ struct WeightTask {
   }
 
   // Adds the products of what Clean took away.
-  void Repair(Interval block, const Columns<T>& rows, const Columns<T>& columns, int64_t tile, int64_t panel, T* sums) const {
+  void Repair(Pieces pieces, const Columns<T>& rows, const Columns<T>& columns, int64_t tile, int64_t panel, T* sums) const {
     const Interval height = Height(tile);
-    const int64_t vectors = Vectors(panel);
-    ForPieces(problem, block, [&](const Piece& piece) {
-      const auto row_line = rows.At(piece, tile / tiles_of_run);
-      const auto lane_line = columns.At(piece, panel / lanes().panels());
+    const auto [start, vectors, before] = PanelAt(panel);
+    const int64_t width = vectors * kLanes<T>, first = start;
+    for (const Piece& piece : pieces) {
+      const auto row_line = rows.At(piece, rows.OriginOf(tile / tiles_of_run));
+      const auto lane_line = columns.At(piece, columns.OriginOf(panel / lanes().panels()));
       const auto get = [](const auto& line, int64_t w, int64_t column, T& value) {
         const int64_t at = line.first + w * line.step + column;
         if (at < 0 || at >= line.limit) return false;
@@ -227,15 +250,13 @@ struct WeightTask {
         for (int64_t r = height.begin; r < height.end; ++r) {
           T a, b;
           if (!get(row_line, w, r, a)) continue;
-          for (int64_t v = 0; v < vectors; ++v) {
-            for (int64_t lane = 0; lane < kLanes<T> && Start(panel, v) + lane < lane_side.width; ++lane) {
-              if (!get(lane_line, w, Start(panel, v) + lane, b) || (Finite(a) && Finite(b))) continue;
-              sums[((r - height.begin) * vectors + v) * kLanes<T> + lane] += a * b;
-            }
+          for (int64_t lane = 0; lane < width && first + lane < lane_side.width; ++lane) {
+            if (!get(lane_line, w, first + lane, b) || (Finite(a) && Finite(b))) continue;
+            sums[(r - height.begin) * width + lane] += a * b;
           }
         }
       }
-    });
+    }
   }
 
   bool Work(int64_t unit) const {
@@ -251,8 +272,10 @@ struct WeightTask {
     columns.group = group * (columns.image ? problem.out : problem.in) / problem.groups;
 
     const int64_t sum_room = tiles_of_block() * panels_of_block() * kTile, row_room = tiles_of_block() * kRows * kBlock;
-    T* sums = static_cast<T*>(Scratch((sum_room + row_room + kBlock * kPanel * kN) * sizeof(T)));
+    const int64_t numbers = sum_room + row_room + kBlock * kPanel * kN;
+    T* sums = static_cast<T*>(Scratch(numbers * sizeof(T) + kBlock * sizeof(Piece)));
     if (sums == nullptr) return false;
+    Piece* list = reinterpret_cast<Piece*>(sums + numbers);
     T* packed_rows = sums + sum_room;
     T* packed_panel = packed_rows + row_room;
     for (int64_t i = 0; i < sum_room; ++i) sums[i] = 0;
@@ -261,7 +284,8 @@ struct WeightTask {
     for (int64_t begin = windows * split / partial.splits; begin < end; begin += kBlock) {
       const Interval block = {begin, Least(begin + kBlock, end)};
       const int64_t count = block.end - block.begin;
-      const bool padded = Padded(block);
+      const Pieces pieces = {list, ListPieces(problem, block, list)};
+      const bool padded = Padded(pieces);
       // Padding is packed as zeros, which must not meet a source that is not finite. Where a block has both, whatever is not
       // finite in it is multiplied by itself.
       bool repair = false;
@@ -269,28 +293,19 @@ struct WeightTask {
         const Interval height = Height(i);
         T* to = packed_rows + (i - t.begin) * kRows * kBlock;
         const int64_t h = height.end - height.begin;
-        if (h == kRows) {
-          rows.template PackColumns<kRows>(block, i / tiles_of_run, height.begin, h, h, to);
-        } else {
-          rows.template PackColumns<0>(block, i / tiles_of_run, height.begin, h, h, to);
-        }
+        rows.template Pack<kRows>(pieces, i / tiles_of_run, height.begin, h, h, to);
         if (padded && !rows.image) repair |= Clean(to, h * count);
       }
       for (int64_t q = p.begin; q < p.end; ++q) {
-        const int64_t vectors = Vectors(q);
-        for (int64_t v = 0; v < vectors; ++v) {
-          const int64_t width = Least(kN, lane_side.width);
-          T* to = packed_panel + v * kN;
-          if (width == kN) {
-            columns.template PackColumns<kN>(block, q / lanes().panels(), Start(q, v), kN, vectors * kN, to);
-          } else {
-            for (int64_t w = 0; w < count; ++w) {
-              for (int64_t lane = width; lane < kN; ++lane) to[w * vectors * kN + lane] = 0;
-            }
-            columns.template PackColumns<0>(block, q / lanes().panels(), Start(q, v), width, vectors * kN, to);
-          }
+        const Panel panel = PanelAt(q);
+        const int64_t pitch = panel.vectors * kN, width = Least(pitch, lane_side.width);
+        for (int64_t w = 0; width < pitch && w < count; ++w) {
+          for (int64_t lane = width; lane < pitch; ++lane) packed_panel[w * pitch + lane] = 0;
         }
-        if (padded && (repair || rows.image) && Clean(packed_panel, count * vectors * kN) && !repair) {
+        for (int64_t lane = 0; lane < width; lane += kN) {
+          columns.template Pack<kN>(pieces, q / lanes().panels(), panel.start + lane, Least(kN, width), pitch, packed_panel + lane);
+        }
+        if (padded && (repair || rows.image) && Clean(packed_panel, count * pitch) && !repair) {
           repair = true;
           for (int64_t i = t.begin; i < t.end; ++i) {
             const Interval height = Height(i);
@@ -300,9 +315,9 @@ struct WeightTask {
         for (int64_t i = t.begin; i < t.end; ++i) {
           const Interval height = Height(i);
           T* to = sums + ((i - t.begin) * panels_of_block() + q - p.begin) * kTile;
-          MultiplyBlock<kRows, kPanel>(height.end - height.begin, vectors, count, packed_rows + (i - t.begin) * kRows * kBlock,
+          MultiplyBlock<kRows, kPanel>(height.end - height.begin, panel.vectors, count, packed_rows + (i - t.begin) * kRows * kBlock,
                                        packed_panel, to);
-          if (repair) Repair(block, rows, columns, i, q, to);
+          if (repair) Repair(pieces, rows, columns, i, q, to);
         }
       }
     }
@@ -311,16 +326,14 @@ struct WeightTask {
     for (int64_t i = t.begin; i < t.end; ++i) {
       const Interval height = Height(i);
       for (int64_t q = p.begin; q < p.end; ++q) {
-        const int64_t vectors = Vectors(q);
+        const Panel panel = PanelAt(q);
         const T* tile = sums + ((i - t.begin) * panels_of_block() + q - p.begin) * kTile;
         for (int64_t r = height.begin; r < height.end; ++r) {
           T* row = to + Entry(rows, i / tiles_of_run, r);
-          for (int64_t v = 0; v < vectors; ++v, tile += kN) {
-            const int64_t start = Start(q, v);
-            for (int64_t lane = 0; lane < kN && start + lane < lane_side.width; ++lane) {
-              row[Entry(columns, q / lanes().panels(), start + lane)] = tile[lane];
-            }
+          for (int64_t lane = 0; lane < panel.vectors * kN && panel.start + lane < lane_side.width; ++lane) {
+            row[Entry(columns, q / lanes().panels(), panel.start + lane)] = tile[lane];
           }
+          tile += panel.vectors * kN;
         }
       }
     }
@@ -355,10 +368,12 @@ struct AcrossTask {
     const ConvAxis* axis = problem.axis;
     const int64_t lanes = image.channels;
     const int64_t size = Taps(problem) * depth * pitch;
-    T* sums = static_cast<T*>(Scratch(size * sizeof(T)));
+    const Interval mine = {windows * split / partial.splits, windows * (split + 1) / partial.splits};
+    T* sums = static_cast<T*>(Scratch(RoundUp(size, 16) * sizeof(T) + (mine.end - mine.begin) * sizeof(Piece)));
     if (sums == nullptr) return false;
     for (int64_t i = 0; i < size; ++i) sums[i] = 0;
-    ForPieces(problem, {windows * split / partial.splits, windows * (split + 1) / partial.splits}, [&](const Piece& piece) {
+    Piece* list = reinterpret_cast<Piece*>(sums + RoundUp(size, 16));
+    for (const Piece& piece : Pieces{list, ListPieces(problem, mine, list)}) {
       const T* x = source.data + source.row(piece.batch, piece.plane, piece.line);
       for (int64_t tap = 0; tap < Taps(problem); ++tap) {
         const int64_t k = tap % axis[2].kernel, rest = tap / axis[2].kernel;
@@ -384,7 +399,7 @@ struct AcrossTask {
           }
         }
       }
-    });
+    }
     const int64_t out = problem.out / problem.groups;
     for (int64_t tap = 0; tap < Taps(problem); ++tap) {
       for (int64_t d = 0; d < depth; ++d) {
