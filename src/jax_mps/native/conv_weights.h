@@ -217,16 +217,22 @@ struct WeightTask {
 
   // Zeros for what is not finite; false if there was nothing.
   static bool Clean(T* numbers, int64_t count) {
-    Vec<T, kLanes<T>> sum = {};
-    int64_t i = 0;
-    for (; i + kLanes<T> <= count; i += kLanes<T>) {
-      const auto v = LoadRaw<T, kLanes<T>>(numbers + i);
-      sum += v - v;
-    }
+    constexpr int kN = kLanes<T>;
+    Vec<T, kN> sum[4] = {};
+    Sweep<kN>(count, [&](auto lanes, auto vectors, int64_t i) {
+      constexpr int kSome = decltype(lanes)::value;
+      for (int v = 0; v < decltype(vectors)::value; ++v) {
+        const auto number = LoadRaw<T, kSome>(numbers + i + v * kSome);
+        if constexpr (kSome == kN) {
+          sum[v] += number - number;
+        } else {
+          for (int lane = 0; lane < kSome; ++lane) sum[0][lane] += number[lane] - number[lane];
+        }
+      }
+    });
     bool found = false;
-    for (; i < count; ++i) found |= !Finite(numbers[i]);
-    for (int lane = 0; lane < kLanes<T>; ++lane) found |= sum[lane] != 0;
-    for (i = 0; found && i < count; ++i) {
+    for (int lane = 0; lane < kN; ++lane) found |= !(sum[0][lane] + sum[1][lane] + sum[2][lane] + sum[3][lane] == 0);
+    for (int64_t i = 0; found && i < count; ++i) {
       if (!Finite(numbers[i])) numbers[i] = 0;
     }
     return found;
@@ -302,7 +308,10 @@ struct WeightTask {
         for (int64_t w = 0; width < pitch && w < count; ++w) {
           for (int64_t lane = width; lane < pitch; ++lane) packed_panel[w * pitch + lane] = 0;
         }
-        for (int64_t lane = 0; lane < width; lane += kN) {
+        if (panel.vectors == kPanel) {
+          columns.template PackExactly<kPanel * kN>(pieces, q / lanes().panels(), panel.start, pitch, packed_panel);
+        }
+        for (int64_t lane = 0; panel.vectors < kPanel && lane < width; lane += kN) {
           columns.template Pack<kN>(pieces, q / lanes().panels(), panel.start + lane, Least(kN, width), pitch, packed_panel + lane);
         }
         if (padded && (repair || rows.image) && Clean(packed_panel, count * pitch) && !repair) {
@@ -477,7 +486,7 @@ bool WeightGradient(const ConvProblem& problem) {
   const double work = 2.0 * windows * taps * in * problem.out;
   constexpr int64_t kPartials = 4 << 20;  // elements
   const auto split = [&](int64_t others) {
-    const int64_t wanted = Least((32 + others - 1) / others, windows / (2 * kBlock));
+    const int64_t wanted = Least((16 + others - 1) / others, windows / (2 * kBlock));
     return Most(1, Least(wanted, kPartials / Most(1, size)));
   };
   const KernelLayout layout = LayoutOf(problem);
@@ -505,6 +514,7 @@ bool WeightGradient(const ConvProblem& problem) {
   task.panels = task.lane_side.runs * task.lanes().panels();
   task.lane_blocks = (task.panels + 15) / 16;
   task.row_blocks = (task.tiles + 23) / 24;
+  if (task.row_blocks > 4) task.row_blocks = RoundUp(task.row_blocks, 4);
   task.partial.splits = split(groups * task.row_blocks * task.lane_blocks);
   return finish(task);
 }
