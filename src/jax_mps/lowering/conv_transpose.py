@@ -175,17 +175,10 @@ _CHOICES = (
     ),
     _Choice(
         ("forward",),
-        _ORDINARY,
-        lambda c: c.rank < 3 and not c.dilated and c.groups == 1,
-        "phases",
-        "CPU: dcgan 35, dot 46; fcn 18, dot 33; hifigan 32, dot 34",
-    ),
-    _Choice(
-        ("forward",),
         _EVERYWHERE,
         lambda c: True,
         "dot",
-        "CPU: volume_head 25, phases 222; any dilation and groups",
+        "CPU: volume_head 25, phases 222; dcgan 46, phases 35, which multiplies padding: NaN would spread",
     ),
     _Choice(
         ("data",),

@@ -189,7 +189,8 @@ class Call {
       pool.Schedule([task = std::move(task)] { task(); });
     };
     problem_.schedule = &schedule;
-    MergeCoveredAxes(problem_.geometry);
+    // Unpooling has no windows: its positions are numbers in a plane, whose axes have to stay.
+    if (problem_.op != Op::kMaxUnpool && problem_.op != Op::kMaxUnpoolTake) MergeCoveredAxes(problem_.geometry);
     if (ThisInstructionSet().execute(problem_)) return ffi::Error::Success();
     return ffi::Error(ffi::ErrorCode::kResourceExhausted, "jax_mps: no memory for scratch");
   }
