@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import re
 
@@ -170,7 +169,7 @@ def test_no_platform_multiplies_inserted_zeros(name):
 
 def test_cuda_gets_the_convolutions_that_its_library_knows():
     """The transpose of a strided convolution, as JAX itself writes it: what the compiler matches."""
-    case = dataclasses.replace(convs.CASES["dcgan"], outputs=8)  # few channels have another form
+    case = convs.CASES["dcgan"]._replace(outputs=8)  # few channels have another form
     texts = [program(op, case, "cuda").as_text() for op in convs.OPS]
     assert [text.count("stablehlo.convolution") for text in texts] == [1, 1, 1]
     strided = [numbers(r"stride = \[([^]]*)\]", text) for text in texts]
