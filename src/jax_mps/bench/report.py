@@ -126,7 +126,7 @@ def _row(result: Result, ours: str, peers: Sequence[str], copy_gbs: float) -> li
         timing = result.timings.get(name)
         cell = _milliseconds(timing.median) if timing else "-"
         row.append(f"{cell} ({timing.median / own.median:.1f})" if timing and own else cell)
-    if not own:
+    if not own or not (result.flops or result.bytes_moved):
         return [*row, "-", "-"]
     if not result.flops:
         gbs = result.bytes_moved / own.median / 1e6

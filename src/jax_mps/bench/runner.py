@@ -64,7 +64,8 @@ class Case:
     """One operation on one shape, type and layout.
 
     Attributes:
-      bytes_moved: what must cross the memory bus at least: every input once, every output once.
+      bytes_moved: what must cross the memory bus at least: every input once, every output once; 0 where
+        that says nothing.
       tolerances: for each output, the greatest error allowed beside the output's greatest magnitude.
       contenders: how to make each contender; `NotImplementedError` says that it has no such operation.
         The first is what the others are compared with.
