@@ -34,7 +34,7 @@ class Networks:
         """The case of these names; networks are channels last."""
         make = {"unet": _unet, "dcgan_gan": _dcgan}[shape]
         step, operands = make(batch)
-            return Case(
+        return Case(
             shape=shape,
             description=", ".join(str(a.shape) for a in operands[1:]),
             op=op,
