@@ -84,6 +84,12 @@ Interval SourcesOf(const ConvAxis& axis, bool forward, Interval targets) {
   return Clamp(axis.stride * targets.begin - axis.lo, axis.stride * (targets.end - 1) - axis.lo + reach + 1, axis.pixels);
 }
 
+int64_t MostSources(const ConvAxis& axis, bool forward, int64_t targets) {
+  const int64_t reach = axis.dilation * (axis.kernel - 1);
+  return forward ? std::min(axis.windows, (targets - 1 + reach) / axis.stride + 1)
+                 : std::min(axis.pixels, axis.stride * (targets - 1) + reach + 1);
+}
+
 struct GatherPlan::Storage {
   std::vector<Segment> segments[3];
 };
@@ -102,8 +108,8 @@ GatherPlan::GatherPlan(const ConvProblem& problem, int64_t pixels, bool compact)
     sources[a + 1] = forward ? axis.windows : axis.pixels;
     if (forward) phases[a + 1] = axis.stride;
   }
-  // From the last axis on: whole axes while they fit, then a piece. Compact boxes take pieces of two axes instead, because
-  // their borders are worked on twice.
+  // From the last axis on: whole axes while they fit, then a piece; compact boxes are about as long in two axes. Pieces have
+  // as many targets of every phase.
   for (int a = 3; a >= 0; --a) {
     int64_t length = std::max<int64_t>(1, pixels);
     if (compact && a > 0 && targets[a] > 1) {

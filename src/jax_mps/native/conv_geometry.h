@@ -48,6 +48,9 @@ struct Segment {
 // The sources along one axis that targets [begin, end) read.
 Interval SourcesOf(const ConvAxis& axis, bool forward, Interval targets);
 
+// The most that any `targets` adjacent ones read.
+int64_t MostSources(const ConvAxis& axis, bool forward, int64_t targets);
+
 // How the targets of a gather are cut: segments along each axis, boxes of targets to be worked on together, and panels of
 // channels where there are few boxes.
 struct GatherPlan {
@@ -56,7 +59,7 @@ struct GatherPlan {
   int64_t targets[4], sources[4];  // batch first
   int64_t box[4], boxes[4];
 
-  // Boxes hold about `pixels` targets; `aligned` ones hold as many of each phase.
+  // Boxes hold about `pixels` targets. Compact ones have short borders: what they read there is worked on twice.
   GatherPlan(const ConvProblem& problem, int64_t pixels, bool compact);
   ~GatherPlan();
   GatherPlan(const GatherPlan&) = delete;

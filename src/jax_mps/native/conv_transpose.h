@@ -226,6 +226,31 @@ inline Box Whole(const Array<E>& array, int64_t batch) {
   return {{{0, batch}, {0, array.size[0]}, {0, array.size[1]}, {0, array.size[2]}}};
 }
 
+// Four vectors as the columns of what they were the rows of.
+template <class V>
+inline void Transpose(V (&m)[4]) {
+  const V a = {m[0][0], m[1][0], m[0][1], m[1][1]}, b = {m[0][2], m[1][2], m[0][3], m[1][3]};
+  const V c = {m[2][0], m[3][0], m[2][1], m[3][1]}, d = {m[2][2], m[3][2], m[2][3], m[3][3]};
+  m[0] = V{a[0], a[1], c[0], c[1]};
+  m[1] = V{a[2], a[3], c[2], c[3]};
+  m[2] = V{b[0], b[1], d[0], d[1]};
+  m[3] = V{b[2], b[3], d[2], d[3]};
+}
+
+// body(n, row, column) for blocks of n x n numbers, n = 4 or else 1, that cover rows x columns. The last may overlap others.
+template <class Body>
+inline void ForBlocks(int64_t rows, int64_t columns, const Body& body) {
+  if (rows >= 4 && columns >= 4) {
+    for (int64_t r = 0; r < rows; r += 4) {
+      for (int64_t c = 0; c < columns; c += 4) body(Int<4>(), Least(r, rows - 4), Least(c, columns - 4));
+    }
+  } else {
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t c = 0; c < columns; ++c) body(Int<1>(), r, c);
+    }
+  }
+}
+
 // Copies a box into a tile of `pitch` elements a pixel. Lane l of copy d is channel l / narrow * depth + d: several copies
 // give each lane of a group, in turn, all the channels that it is multiplied with.
 template <class E, class T>
@@ -253,17 +278,13 @@ inline void Stage(const Array<const E>& from, const Box& box, T* to, int64_t pit
           }
         } else {
           for (int64_t d = 0; d < depth; ++d) {
-            for (int64_t l = 0; l < lanes; ++l) {
-              const E* line = row + (l / narrow * depth + d) * plane;
-              T* column = to + d * copy + l;
-              Sweep<kLanes<T>>(width, [&](auto n, auto vectors, int64_t w) {
-                constexpr int kN = decltype(n)::value;
-                for (int v = 0; v < decltype(vectors)::value; ++v, w += kN) {
-                  const auto numbers = Load<T, kN>(line + w);
-                  for (int lane = 0; lane < kN; ++lane) column[(w + lane) * pitch] = numbers[lane];
-                }
-              });
-            }
+            ForBlocks(lanes, width, [&](auto n, int64_t l, int64_t w) {
+              constexpr int kN = decltype(n)::value;
+              Vec<T, kN> m[kN];
+              for (int i = 0; i < kN; ++i) m[i] = Load<T, kN>(row + ((l + i) / narrow * depth + d) * plane + w);
+              if constexpr (kN == 4) Transpose(m);
+              for (int i = 0; i < kN; ++i) StoreRaw<kN>(to + (w + i) * pitch + d * copy + l, m[i]);
+            });
           }
         }
       }
@@ -291,17 +312,13 @@ inline void Emit(const T* tile, int64_t pitch, const Array<E>& to, const Box& bo
             });
           }
         } else {
-          for (int64_t c = 0; c < count; ++c) {
-            E* line = row + (channels.begin + c) * plane;
-            Sweep<kLanes<T>>(width, [&](auto n, auto vectors, int64_t w) {
-              constexpr int kN = decltype(n)::value;
-              for (int v = 0; v < decltype(vectors)::value; ++v, w += kN) {
-                T numbers[kN];
-                for (int lane = 0; lane < kN; ++lane) numbers[lane] = tile[(w + lane) * pitch + c];
-                Store<kN>(line + w, LoadRaw<T, kN>(numbers));
-              }
-            });
-          }
+          ForBlocks(count, width, [&](auto n, int64_t c, int64_t w) {
+            constexpr int kN = decltype(n)::value;
+            Vec<T, kN> m[kN];
+            for (int i = 0; i < kN; ++i) m[i] = LoadRaw<T, kN>(tile + (w + i) * pitch + c);
+            if constexpr (kN == 4) Transpose(m);
+            for (int i = 0; i < kN; ++i) Store<kN>(row + (channels.begin + c + i) * plane + w, m[i]);
+          });
         }
       }
     }
@@ -345,12 +362,11 @@ struct Gather {
   Array<const E> source;
   Array<R> target;
   Weights<T> weights;
-  int64_t depth;       // channels of a group of the source
-  int64_t narrow;      // channels of a group of the target
-  bool direct_source, direct_target;
-  int64_t source_pitch, target_pitch, group_pitch;  // of tiles
-  int64_t splits;      // of the panels
-  int64_t source_room, target_room, row_room, tap_room;  // elements of scratch
+  int64_t depth, narrow;  // channels of a group of the source, of the target
+  bool direct_source = false, direct_target = false;  // arrays that need no tile
+  int64_t source_pitch = 0, target_pitch = 0, group_pitch = 0;  // of tiles
+  int64_t splits = 1;  // of the panels
+  int64_t product_room = 0, source_room = 0, target_room = 0, row_room = 0, tap_room = 0;  // elements of scratch
 
   bool forward() const { return problem.op == ConvOp::kForward; }
 
@@ -524,14 +540,20 @@ struct Gather {
     }
   }
 
+  // A panel that overlaps the one before it stays with it, so that no two tasks write to the same place.
+  int64_t FirstPanel(int64_t split) const {
+    const int64_t panels = weights.lanes.panels(), first = weights.panels() * split / splits;
+    const bool overlaps = weights.lanes.count % kN != 0 && panels > 1 && first % panels == panels - 1;
+    return first + (overlaps ? 1 : 0);
+  }
+
   bool Work(int64_t unit) const {
     const Box box = BoxAt(unit / splits);
-    const int64_t split = unit % splits;
-    const Interval panels = {weights.panels() * split / splits, weights.panels() * (split + 1) / splits};
-    const int64_t numbers = source_room + target_room;
-    char* scratch = static_cast<char*>(Scratch(numbers * sizeof(T) + row_room * sizeof(Row) + tap_room * sizeof(Tap)));
-    if (scratch == nullptr) return false;
-    T* stage = reinterpret_cast<T*>(scratch);
+    const Interval panels = {FirstPanel(unit % splits), FirstPanel(unit % splits + 1)};
+    const int64_t numbers = product_room + source_room + target_room;
+    T* products = static_cast<T*>(Scratch(numbers * sizeof(T) + row_room * sizeof(Row) + tap_room * sizeof(Tap)));
+    if (products == nullptr) return false;
+    T* stage = products + product_room;
     T* tile = stage + source_room;
     Row* rows = reinterpret_cast<Row*>(tile + target_room);
     Tap* taps = reinterpret_cast<Tap*>(rows + row_room);
@@ -545,7 +567,7 @@ struct Gather {
       to_view = ViewOf(box, target_pitch);
     }
     if (way == Way::kOverlap) {
-      Overlap(box, to, to_view, stage + product_room(), stage, rows);
+      Overlap(box, to, to_view, stage, products, rows);
     } else {
       const Box sources = SourceBox(box);
       View from_view = ViewOf(sources, source_pitch);
@@ -587,15 +609,6 @@ struct Gather {
       Emit(tile + group * group_pitch + begin, target_pitch, target, box, {group * lanes.count + begin, group * lanes.count + end});
     }
   }
-
-  int64_t product_room() const {
-    return way == Way::kOverlap ? RoundUp(source_width() * weights.lanes.padded() * problem.groups, 16) : 0;
-  }
-  int64_t source_width() const {
-    const ConvAxis& axis = problem.axis[2];
-    return forward() ? Least(axis.windows, (plan.box[3] + axis.dilation * (axis.kernel - 1)) / axis.stride + 2)
-                     : Least(axis.pixels, axis.stride * (plan.box[3] - 1) + axis.dilation * (axis.kernel - 1) + 1);
-  }
 };
 
 template <class E, class R>
@@ -635,45 +648,40 @@ bool GatherAll(const ConvProblem& problem) {
     return false;
   }
 
-  const bool same_source = std::is_same_v<E, T>, same_target = std::is_same_v<R, T>;
-  const int64_t group_pitch = overlap ? narrow : weights.lanes.padded();
-  const bool direct_target = same_target && problem.channels_last &&
-                             (overlap ? true : weights.lanes.count >= kN);
-  const bool direct_source = problem.channels_last && (across ? depth == 1 && narrow == 1 && source.channels >= kN : same_source);
+  const bool direct_source =
+      problem.channels_last && (across ? depth == 1 && narrow == 1 && source.channels >= kN : std::is_same_v<E, T>);
+  const bool direct_target = problem.channels_last && std::is_same_v<R, T> && (overlap || weights.lanes.count >= kN);
   const int64_t source_pitch = across ? depth * weights.lanes.padded() : source.channels;
-  const int64_t target_pitch = group_pitch * (across ? 1 : groups);
+  const int64_t group_pitch = overlap ? narrow : weights.lanes.padded();
+  const int64_t target_pitch = group_pitch * weights.groups;
 
-  // Boxes so large that their two sides stay in the cache, with the targets of all phases.
+  // Boxes so large that their two sides stay in the cache.
   double ratio = 1;
   for (const ConvAxis& axis : problem.axis) ratio *= axis.stride;
-  const double bytes = (target_pitch + source_pitch * (forward ? (overlap ? 0 : 1 / ratio) : ratio)) * sizeof(T);
-  const GatherPlan plan(problem, static_cast<int64_t>((across ? kNearBytes : kCacheBytes) / bytes) + 1, overlap);
-  Gather<E, R> gather = {problem, plan, way, source, target, weights, depth, narrow, direct_source, direct_target, source_pitch,
-                         target_pitch, group_pitch, 1, 0, 0, 0, 0};
+  const double sources_a_target = overlap ? 0 : forward ? 1 / ratio : ratio;
+  const double bytes = (target_pitch + source_pitch * sources_a_target) * sizeof(T);
+  const int64_t room = across && direct_source && direct_target ? kNearBytes : kCacheBytes;
+  const GatherPlan plan(problem, static_cast<int64_t>(room / bytes) + 1, overlap);
+
+  Gather<E, R> gather = {problem, plan, way, source, target, weights, depth, narrow};
+  gather.direct_source = direct_source;
+  gather.direct_target = direct_target;
+  gather.source_pitch = source_pitch;
+  gather.target_pitch = target_pitch;
+  gather.group_pitch = group_pitch;
   const int64_t boxes = plan.box_count();
   if (!overlap) gather.splits = Most(1, Least(weights.panels(), (32 + boxes - 1) / boxes));
-  int64_t sources = 1, targets = 1;
-  for (int a = 0; a < 4; ++a) {
-    targets *= plan.box[a];
-    int64_t length = plan.box[0];
-    if (a > 0) {
-      const ConvAxis& axis = problem.axis[a - 1];
-      length = forward ? Least(axis.windows, (plan.box[a] + axis.dilation * (axis.kernel - 1)) / axis.stride + 2)
-                       : Least(axis.pixels, axis.stride * (plan.box[a] - 1) + axis.dilation * (axis.kernel - 1) + 1);
-    }
-    sources *= length;
+  int64_t sources = overlap ? 1 : plan.box[0], targets = plan.box[0];
+  for (int a = 0; a < 3; ++a) {
+    // Overlapping works on one row of sources at a time.
+    if (!overlap || a == 2) sources *= MostSources(problem.axis[a], forward, plan.box[a + 1]);
+    targets *= plan.box[a + 1];
   }
-  if (overlap) {
-    gather.source_room = gather.product_room() + (direct_source ? 0 : gather.source_width() * source_pitch);
-    gather.row_room = gather.source_width();
-    gather.tap_room = 0;
-  } else {
-    gather.source_room = direct_source ? 0 : sources * source_pitch;
-    gather.row_room = targets;
-    gather.tap_room = taps * (across ? depth : 1);
-  }
-  gather.source_room = RoundUp(gather.source_room, 16);
-  gather.target_room = direct_target ? 0 : RoundUp(targets * target_pitch, 16);
+  if (overlap) gather.product_room = RoundUp(sources * weights.lanes.padded() * groups, 16);
+  if (!direct_source) gather.source_room = RoundUp(sources * source_pitch, 16);
+  if (!direct_target) gather.target_room = RoundUp(targets * target_pitch, 16);
+  gather.row_room = overlap ? sources : targets;
+  gather.tap_room = overlap ? 0 : taps * (across ? depth : 1);
 
   const double work = 2.0 * problem.batch * plan.sources[1] * plan.sources[2] * plan.sources[3] * depth * problem.out / 4;
   const int64_t units = boxes * gather.splits;

@@ -31,11 +31,32 @@ struct Pieces {
   const Piece* end() const { return first + number; }
 };
 
+// Copies `count` numbers. Where they are converted, at least four are read.
+template <class E, class T>
+constexpr int Readable(int count) {
+  return std::is_same_v<E, T> || count > 4 ? count : 4;
+}
+template <int count, class E, class T>
+inline void CopyNumbers(const E* from, T* to) {
+  constexpr int kN = count < kLanes<T> ? 4 : kLanes<T>;
+  if constexpr (std::is_same_v<E, T>) {
+    __builtin_memcpy(to, from, count * sizeof(T));
+  } else if constexpr (count < kN) {
+    const auto numbers = Load<T, kN>(from);
+    __builtin_memcpy(to, &numbers, count * sizeof(T));
+  } else {
+    for (int i = 0; i < count; i += kN) {
+      const int at = i + kN > count ? count - kN : i;
+      StoreRaw<kN>(to + at, Load<T, kN>(from + at));
+    }
+  }
+}
+
 // One operand as columns: channels of the source, or of the pixels that a window touches through a run of taps.
-template <class T>
+template <class E, class T>
 struct Columns {
   const ConvProblem& problem;
-  Array<const T> array;
+  Array<const E> array;
   bool image;
   int64_t runs, width;  // columns: runs * width
   int64_t run_taps;     // adjacent taps in a run
@@ -55,7 +76,7 @@ struct Columns {
 
   // The row that a run reads for a piece: elements first + step * window + column, where inside [0, limit).
   struct Line {
-    const T* data;
+    const E* data;
     int64_t first, step, limit;
   };
   Line At(const Piece& piece, const Origin& origin) const {
@@ -73,28 +94,29 @@ struct Columns {
   // Columns [column, column + count) of a run for all windows of a block, `pitch` apart; zeros outside the image.
   template <int count>
   void PackExactly(Pieces pieces, int64_t run, int64_t column, int64_t pitch, T* to) const {
+    constexpr int kRead = Readable<E, T>(count);
     const Origin origin = OriginOf(run);
     for (const Piece& piece : pieces) {
       const Line line = At(piece, origin);
-      const int64_t first = line.first + column, step = line.step, last = first + (piece.count - 1) * step + count;
+      const int64_t first = line.first + column, step = line.step, last = first + (piece.count - 1) * step + kRead;
       T* out = to + piece.at * pitch;
       int64_t begin = 0, end = piece.count;  // windows all of whose columns are inside
       if (line.limit == 0) {
         end = 0;
       } else if (first < 0 || last > line.limit) {
         begin = first >= 0 ? 0 : Least(piece.count, (step - 1 - first) / step);
-        end = first + count > line.limit ? begin : Most(begin, Least(piece.count, (line.limit - count - first) / step + 1));
+        end = first + kRead > line.limit ? begin : Most(begin, Least(piece.count, (line.limit - kRead - first) / step + 1));
       }
       for (int64_t w = 0; w < piece.count; ++w) {
         if (w == begin) w = end;
         if (w == piece.count) break;
         for (int64_t c = 0; c < count; ++c) {
           const int64_t at = first + w * step + c;
-          out[w * pitch + c] = at >= 0 && at < line.limit ? line.data[at] : 0;
+          out[w * pitch + c] = at >= 0 && at < line.limit ? Load<T, 1>(line.data + at)[0] : 0;
         }
       }
-      const T* from = line.data + first;
-      for (int64_t w = begin; w < end; ++w) __builtin_memcpy(out + w * pitch, from + w * step, count * sizeof(T));
+      const E* from = line.data + first;
+      for (int64_t w = begin; w < end; ++w) CopyNumbers<count>(from + w * step, out + w * pitch);
     }
   }
   template <int most>
@@ -169,11 +191,11 @@ bool Finish(const Schedule& schedule, const Partial<T>& partial, R* result) {
   return ParallelFor(schedule, (partial.size + kPart - 1) / kPart, kPart * sizeof(T) * partial.splits, body, &context);
 }
 
-template <class T>
+template <class E, class T>
 struct WeightTask {
   const ConvProblem& problem;
   KernelLayout layout;
-  Columns<T> row_side, lane_side;  // of group 0
+  Columns<E, T> row_side, lane_side;  // of group 0
   Partial<T> partial;
   int64_t windows;
   int64_t tiles_of_run, tiles, row_blocks, panels, lane_blocks;
@@ -193,7 +215,7 @@ struct WeightTask {
   Panel PanelAt(int64_t q) const { return lanes().panel(q % lanes().panels()); }
 
   // Where a weight lies but for its group.
-  int64_t Entry(const Columns<T>& side, int64_t run, int64_t column) const {
+  int64_t Entry(const Columns<E, T>& side, int64_t run, int64_t column) const {
     if (!side.image) return column * layout.in;
     const int64_t out = problem.out / problem.groups;
     return (run * side.run_taps + column / out) * layout.tap + column % out * layout.out;
@@ -239,7 +261,7 @@ struct WeightTask {
   }
 
   // Adds the products of what Clean took away.
-  void Repair(Pieces pieces, const Columns<T>& rows, const Columns<T>& columns, int64_t tile, int64_t panel, T* sums) const {
+  void Repair(Pieces pieces, const Columns<E, T>& rows, const Columns<E, T>& columns, int64_t tile, int64_t panel, T* sums) const {
     const Interval height = Height(tile);
     const auto [start, vectors, before] = PanelAt(panel);
     const int64_t width = vectors * kLanes<T>, first = start;
@@ -249,7 +271,7 @@ struct WeightTask {
       const auto get = [](const auto& line, int64_t w, int64_t column, T& value) {
         const int64_t at = line.first + w * line.step + column;
         if (at < 0 || at >= line.limit) return false;
-        value = line.data[at];
+        value = Load<T, 1>(line.data + at)[0];
         return true;
       };
       for (int64_t w = 0; w < piece.count; ++w) {
@@ -273,7 +295,7 @@ struct WeightTask {
     const int64_t group = unit / lane_blocks / row_blocks;
     const Interval t = {tiles * row_block / row_blocks, tiles * (row_block + 1) / row_blocks};
     const Interval p = {panels * lane_block / lane_blocks, panels * (lane_block + 1) / lane_blocks};
-    Columns<T> rows = row_side, columns = lane_side;
+    Columns<E, T> rows = row_side, columns = lane_side;
     rows.group = group * (rows.image ? problem.out : problem.in) / problem.groups;
     columns.group = group * (columns.image ? problem.out : problem.in) / problem.groups;
 
@@ -351,11 +373,12 @@ struct WeightTask {
 };
 
 // Groups of few channels: lanes are output channels, of which each meets `depth` copies of the source.
-template <class T>
+template <class G, class X, class T>
 struct AcrossTask {
   const ConvProblem& problem;
   KernelLayout layout;
-  Array<const T> image, source;  // the source has depth * pitch elements a window
+  Array<const G> image;
+  Array<const X> source;  // the source has depth * pitch elements a window
   int64_t depth, pitch;
   Partial<T> partial;
   int64_t windows;
@@ -363,11 +386,11 @@ struct AcrossTask {
   int64_t units() const { return partial.splits; }
 
   template <int V>
-  void Sum(const T* a, int64_t a_step, const T* b, int64_t b_step, int64_t count, T* sums) const {
+  void Sum(const X* a, int64_t a_step, const G* b, int64_t b_step, int64_t count, T* sums) const {
     constexpr int kN = kLanes<T>;
     Vec<T, kN> sum[V] = {};
     for (int64_t w = 0; w < count; ++w, a += a_step, b += b_step) {
-      for (int v = 0; v < V; ++v) sum[v] += LoadRaw<T, kN>(a + v * kN) * LoadRaw<T, kN>(b + v * kN);
+      for (int v = 0; v < V; ++v) sum[v] += Load<T, kN>(a + v * kN) * Load<T, kN>(b + v * kN);
     }
     for (int v = 0; v < V; ++v) StoreRaw<kN>(sums + v * kN, LoadRaw<T, kN>(sums + v * kN) + sum[v]);
   }
@@ -383,7 +406,7 @@ struct AcrossTask {
     for (int64_t i = 0; i < size; ++i) sums[i] = 0;
     Piece* list = reinterpret_cast<Piece*>(sums + RoundUp(size, 16));
     for (const Piece& piece : Pieces{list, ListPieces(problem, mine, list)}) {
-      const T* x = source.data + source.row(piece.batch, piece.plane, piece.line);
+      const X* x = source.data + source.row(piece.batch, piece.plane, piece.line);
       for (int64_t tap = 0; tap < Taps(problem); ++tap) {
         const int64_t k = tap % axis[2].kernel, rest = tap / axis[2].kernel;
         const int64_t i = axis[0].stride * piece.plane - axis[0].lo + axis[0].dilation * (rest / axis[1].kernel);
@@ -393,9 +416,9 @@ struct AcrossTask {
         const int64_t begin = Most(piece.begin, first >= 0 ? 0 : (axis[2].stride - 1 - first) / axis[2].stride);
         const int64_t end = axis[2].pixels <= first ? 0 : Least(piece.begin + piece.count, (axis[2].pixels - 1 - first) / axis[2].stride + 1);
         if (begin >= end) continue;
-        const T* g = image.data + image.row(piece.batch, i, j) + (axis[2].stride * begin + first) * image.channels;
+        const G* g = image.data + image.row(piece.batch, i, j) + (axis[2].stride * begin + first) * image.channels;
         for (int64_t d = 0; d < depth; ++d) {
-          const T* a = x + begin * source.channels + d * pitch;
+          const X* a = x + begin * source.channels + d * pitch;
           T* to = sums + (tap * depth + d) * pitch;
           const int64_t step = axis[2].stride * image.channels;
           int64_t l = 0;
@@ -403,7 +426,7 @@ struct AcrossTask {
           for (; l + kN <= lanes; l += kN) Sum<1>(a + l, source.channels, g + l, step, end - begin, to + l);
           for (; l < lanes; ++l) {
             T sum = 0;
-            for (int64_t w = 0; w < end - begin; ++w) sum += a[w * source.channels + l] * g[w * step + l];
+            for (int64_t w = 0; w < end - begin; ++w) sum += Load<T, 1>(a + w * source.channels + l)[0] * Load<T, 1>(g + w * step + l)[0];
             to[l] += sum;
           }
         }
@@ -456,32 +479,11 @@ bool StageAll(const ConvProblem& problem, const Array<const E>& from, int64_t pi
   return units == 0 || ParallelFor(*problem.schedule, units, from.size[2] * pitch * sizeof(T), body, &context);
 }
 
-template <class E, class R>
-bool WeightGradient(const ConvProblem& problem) {
-  using T = Acc<E>;
-  const int64_t groups = problem.groups, in = problem.in / groups, out = problem.out / groups;
-  const int64_t taps = Taps(problem);
-  const Array<const E> image = Image<const E>(problem, const_cast<void*>(problem.operand[0]));
-  const Array<const E> source = Windows<const E>(problem, const_cast<void*>(problem.operand[1]));
-  const bool across = groups > 1 && in > 0 && 2 * out <= kLanes<T> && in <= kLanes<T>;
-  const int64_t copies = across ? in : 1, pitch = across ? problem.out : problem.in;
-
-  const bool direct = problem.channels_last && std::is_same_v<E, T>;
-  const bool direct_source = direct && (!across || (in == 1 && out == 1));
-  const int64_t image_size = problem.batch * image.pixels() * image.channels;
-  const int64_t source_size = problem.batch * source.pixels() * copies * pitch;
-  const Buffer image_buffer(direct ? 0 : image_size * static_cast<int64_t>(sizeof(T)));
-  const Buffer source_buffer(direct_source ? 0 : source_size * static_cast<int64_t>(sizeof(T)));
-  if (image_buffer.data() == nullptr || source_buffer.data() == nullptr) return false;
-  T* image_copy = static_cast<T*>(image_buffer.data());
-  T* source_copy = static_cast<T*>(source_buffer.data());
-  if (!direct && !StageAll<E>(problem, image, image.channels, 1, 1, image_copy)) return false;
-  if (!direct_source && !StageAll<E>(problem, source, copies * pitch, copies, across ? out : 1, source_copy)) return false;
-  const Array<const T> g = {direct ? reinterpret_cast<const T*>(image.data) : image_copy,
-                            {image.size[0], image.size[1], image.size[2]}, image.channels, true};
-  const Array<const T> x = {direct_source ? reinterpret_cast<const T*>(source.data) : source_copy,
-                            {source.size[0], source.size[1], source.size[2]}, copies * pitch, true};
-
+template <class G, class X, class R>
+bool WeightGradientOf(const ConvProblem& problem, const Array<const G>& image, const Array<const X>& source, bool across,
+                      int64_t pitch) {
+  using T = Acc<G>;
+  const int64_t in = problem.in / problem.groups, out = problem.out / problem.groups, taps = Taps(problem);
   const int64_t windows = problem.batch * source.pixels(), size = taps * in * problem.out;
   const double work = 2.0 * windows * taps * in * problem.out;
   constexpr int64_t kPartials = 4 << 20;  // elements
@@ -499,22 +501,50 @@ bool WeightGradient(const ConvProblem& problem) {
     return at_once || Finish(*problem.schedule, task.partial, static_cast<R*>(problem.result));
   };
   if (across) {
-    return finish(AcrossTask<T>{problem, layout, g, x, in, pitch, {nullptr, size, split(1)}, windows});
+    return finish(AcrossTask<G, X, T>{problem, layout, image, source, in, pitch, {nullptr, size, split(1)}, windows});
   }
+  if constexpr (std::is_same_v<G, X>) {
+    const bool joined = problem.groups == 1 && problem.axis[2].dilation == 1;
+    const int64_t run_taps = joined ? problem.axis[2].kernel : 1;
+    const Columns<G, T> image_side = {problem, image, true, taps / run_taps, run_taps * out, run_taps, 0};
+    const Columns<G, T> source_side = {problem, source, false, 1, in, 1, 0};
+    const bool swap = in < kLanes<T> && image_side.width > in;
+    WeightTask<G, T> task = {problem, layout, swap ? source_side : image_side, swap ? image_side : source_side,
+                             {nullptr, size, 1}, windows, 0, 0, 0, 0, 0};
+    task.tiles_of_run = (task.row_side.width + kRows - 1) / kRows;
+    task.tiles = task.row_side.runs * task.tiles_of_run;
+    task.panels = task.lane_side.runs * task.lanes().panels();
+    task.lane_blocks = (task.panels + 15) / 16;
+    task.row_blocks = (task.tiles + 23) / 24;
+    if (task.row_blocks > 4) task.row_blocks = RoundUp(task.row_blocks, 4);  // shares of equal size
+    task.partial.splits = split(problem.groups * task.row_blocks * task.lane_blocks);
+    return finish(task);
+  }
+  __builtin_unreachable();
+}
 
-  const bool joined = groups == 1 && problem.axis[2].dilation == 1;
-  const int64_t run_taps = joined ? problem.axis[2].kernel : 1;
-  const Columns<T> image_side = {problem, g, true, taps / run_taps, run_taps * out, run_taps, 0};
-  const Columns<T> source_side = {problem, x, false, 1, in, 1, 0};
-  const bool swap = in < kLanes<T> && image_side.width > in;
-  WeightTask<T> task = {problem, layout, swap ? source_side : image_side, swap ? image_side : source_side,
-                        {nullptr, size, 1}, windows, 0, 0, 0, 0, 0};
-  task.tiles_of_run = (task.row_side.width + kRows - 1) / kRows;
-  task.tiles = task.row_side.runs * task.tiles_of_run;
-  task.panels = task.lane_side.runs * task.lanes().panels();
-  task.lane_blocks = (task.panels + 15) / 16;
-  task.row_blocks = (task.tiles + 23) / 24;
-  if (task.row_blocks > 4) task.row_blocks = RoundUp(task.row_blocks, 4);
-  task.partial.splits = split(groups * task.row_blocks * task.lane_blocks);
-  return finish(task);
+// Operands that are channels last are read where they are; others are copied first.
+template <class E, class R>
+bool WeightGradient(const ConvProblem& problem) {
+  using T = Acc<E>;
+  const int64_t in = problem.in / problem.groups, out = problem.out / problem.groups;
+  const Array<const E> image = Image<const E>(problem, const_cast<void*>(problem.operand[0]));
+  const Array<const E> source = Windows<const E>(problem, const_cast<void*>(problem.operand[1]));
+  const bool across = problem.groups > 1 && 2 * out <= kLanes<T> && in <= kLanes<T>;
+  const bool expand = across && (in != 1 || out != 1);
+  const int64_t copies = across ? in : 1, pitch = across ? problem.out : problem.in;
+  if (problem.channels_last && !expand) return WeightGradientOf<E, E, R>(problem, image, source, across, pitch);
+
+  const auto pixels = [&](const Array<const E>& array) { return problem.batch * array.pixels() * int64_t{sizeof(T)}; };
+  const Buffer image_copy(problem.channels_last ? 0 : pixels(image) * image.channels);
+  const Buffer source_copy(pixels(source) * copies * pitch);
+  if (image_copy.data() == nullptr || source_copy.data() == nullptr) return false;
+  const auto copied = [](const Array<const E>& array, const Buffer& copy, int64_t channels) {
+    return Array<const T>{static_cast<const T*>(copy.data()), {array.size[0], array.size[1], array.size[2]}, channels, true};
+  };
+  const Array<const T> x = copied(source, source_copy, copies * pitch);
+  if (!StageAll<E>(problem, source, copies * pitch, copies, expand ? out : 1, static_cast<T*>(source_copy.data()))) return false;
+  if (problem.channels_last) return WeightGradientOf<E, T, R>(problem, image, x, across, pitch);
+  if (!StageAll<E>(problem, image, image.channels, 1, 1, static_cast<T*>(image_copy.data()))) return false;
+  return WeightGradientOf<T, T, R>(problem, copied(image, image_copy, image.channels), x, across, pitch);
 }
