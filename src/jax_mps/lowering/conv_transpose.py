@@ -213,12 +213,14 @@ def choose(operation: Operation, conv: _Conv) -> Form:
 
 def forward(x: Array, kernel: Array, *, start: int, **params: Any) -> Array:
     conv = _conv(kernel.shape[-2:], **params)
-    return _over_batch(_FORWARD[choose("forward", conv)], conv, x, start, kernel)
+    result = (*conv.window.sizes, conv.outputs)
+    return _over_batch(_FORWARD[choose("forward", conv)], conv, x, start, kernel, result)
 
 
 def gradient_data(g: Array, kernel: Array, *, start: int, **params: Any) -> Array:
     conv = _conv(kernel.shape[-2:], **params)
-    return _over_batch(_DATA[choose("data", conv)], conv, g, start, kernel)
+    result = (*conv.window.outs, conv.inputs)
+    return _over_batch(_DATA[choose("data", conv)], conv, g, start, kernel, result)
 
 
 def gradient_weights(g: Array, x: Array, *, start: int, **params: Any) -> Array:
@@ -251,18 +253,21 @@ def _widened(conv: _Conv, *arrays: Array) -> Iterable[Array]:
 
 
 def _over_batch(
-    form: Callable[[_Conv, Array, Array], Array], conv: _Conv, image: Array, start: int, kernel: Array
+    form: Callable[[_Conv, Array, Array], Array],
+    conv: _Conv,
+    image: Array,
+    start: int,
+    kernel: Array,
+    result: tuple[Any, ...],
 ) -> Array:
-    """A form of `forward` or `gradient_data` on arrays as the primitives have them."""
+    """A form of `forward` or `gradient_data` on arrays as the primitives have them.
+
+    `result` has the sizes and the channels of the result.
+    """
     batch = image.shape[: start if conv.channels_last else start - 1]
     if conv.apart:
-        shape = list(image.shape)
-        forwards = form in _FORWARD.values()
-        shape[start : start + conv.rank] = conv.window.sizes if forwards else conv.window.outs
-        shape[start + conv.rank if conv.channels_last else start - 1] = (
-            conv.outputs if forwards else conv.inputs
-        )
-        return lax.full(shape, 0, conv.out_dtype)
+        places = result if conv.channels_last else (result[-1], *result[:-1])
+        return lax.full((*batch, *places), 0, conv.out_dtype)
     image, kernel = _widened(conv, image, kernel)
     out = form(conv, _one_batch_axis(image, start, conv), _kernel_in(conv, kernel))
     out = lax.convert_element_type(out, conv.out_dtype)
