@@ -13,7 +13,7 @@ import pytest
 
 import jax_mps
 from jax_mps import __main__ as cli
-from jax_mps import _extras
+from jax_mps import _extras, plugins
 from jax_mps.bench import runner
 from jax_mps.lowering import ffi
 
@@ -71,6 +71,66 @@ def test_info_without_the_library_says_why():
 @pytest.mark.usefixtures("native")
 def test_info_can_require_the_library():
     assert command("info", "--require-native").returncode == 0
+
+
+def _distribution(name: str, version: str, *requires: str, plugin: bool = True) -> types.SimpleNamespace:
+    """What `importlib.metadata` shows of a distribution."""
+    points = [metadata.EntryPoint("some_plugin", "jax_plugins.some", "jax_plugins")] if plugin else []
+    return types.SimpleNamespace(
+        metadata={"Name": name}, version=version, requires=list(requires), entry_points=points
+    )
+
+
+def _plugins(monkeypatch, system: str, served: tuple[str, ...], *distributions) -> dict[str, str]:
+    def devices(platform: str) -> list[str]:
+        if platform not in served:
+            raise RuntimeError(f"Unknown backend {platform}\nmore")
+        return ["a device"]
+
+    monkeypatch.setattr(plugins.sys, "platform", system)
+    monkeypatch.setattr(plugins.metadata, "distributions", lambda: list(distributions))
+    monkeypatch.setattr(plugins.jax, "devices", devices)
+    return plugins.report()
+
+
+def test_info_says_which_plugin_is_alive(monkeypatch):
+    found = _plugins(
+        monkeypatch, "darwin", ("mps",),
+        _distribution("numpy", "2.0", plugin=False),
+        _distribution("jax_metal", "0.1.1", "wheel~=0.35", "jax>=0.4.34", "jaxlib>=0.4.34"),
+        _distribution("jax-mps", "0.11.1", "jax<0.12,>=0.11", "jax>=0.11; extra == 'dev'"),
+        _distribution("jax-novel", "3.0", "jax-mps", "jax (>=0.12)"),
+        _distribution("JAX.metallib", "0.10.1.0", plugin=False),
+    )  # fmt: skip
+    assert list(found) == ["jax-metal", "jax-metallib", "jax-mps", "jax-novel"]
+    metal, metallib, mps, novel = found.values()
+    assert metal.startswith("0.1.1, not alive: ")
+    assert "JAX 0.4.34 to 0.5.0 only" in metal
+    assert metal.endswith("; asks for jax>=0.4.34; serves no device of platform METAL: Unknown backend METAL")
+    assert mps.startswith("0.11.1, alive: ")
+    assert mps.endswith("; asks for jax<0.12,>=0.11; serves 1 device(s) of platform mps")
+    assert metallib.startswith("0.10.1.0, alive: ")
+    assert "asks for" not in metallib
+    assert novel == "3.0, not known to this library; asks for jax (>=0.12)"
+
+
+def test_info_without_a_plugin(monkeypatch):
+    (line,) = _plugins(monkeypatch, "darwin", ()).values()
+    assert "pip install jax-mps" in line
+    cuda = _distribution("jax-cuda12-plugin", "0.10.2")
+    assert _plugins(monkeypatch, "linux", (), cuda) == {}
+
+
+def test_info_lists_plugins_and_survives_one_that_does_not_start(monkeypatch, capsys):
+    def fails() -> None:
+        raise RuntimeError("Unable to initialize backend 'METAL': versions\nmore")
+
+    monkeypatch.setattr(cli.info.jax, "devices", fails)
+    monkeypatch.setattr(cli.info.plugins, "report", lambda: {"jax-metal": "0.1.1, not alive"})
+    assert cli.main(["info"]) == 0
+    output = capsys.readouterr().out
+    assert "devices\n  none  Unable to initialize backend 'METAL': versions\n\n" in output
+    assert "plugins for Apple GPUs\n  jax-metal  0.1.1, not alive\n\n" in output
 
 
 # --- bench --------------------------------------------------------------------------------------------

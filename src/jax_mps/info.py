@@ -11,7 +11,7 @@ from pathlib import Path
 
 import jax
 
-from jax_mps import _compat
+from jax_mps import _compat, plugins
 from jax_mps.lowering import ffi
 
 __all__ = ["add_arguments", "machine", "run", "versions"]
@@ -36,7 +36,9 @@ def run(options: argparse.Namespace) -> int:
         print(f"jax_mps: {error}", file=sys.stderr)
         return 1
     _print_table("versions", {**versions(), "machine": machine()})
-    _print_table("devices", {str(device): _kind(device) for device in jax.devices()})
+    _print_table("devices", _devices())
+    if apple := plugins.report():
+        _print_table("plugins for Apple GPUs", apple)
     _print_table("paths", _paths(status.available))
     native = {"library": status.path, "FFI API of jaxlib": f"0.{_compat.ffi_api_minor()}"}
     if status.available:
@@ -74,6 +76,13 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or "unknown processor"
+
+
+def _devices() -> dict[str, str]:
+    try:
+        return {str(device): _kind(device) for device in jax.devices()}
+    except RuntimeError as error:  # a plugin that does not fit the installed JAX
+        return {"none": str(error).splitlines()[0]}
 
 
 def _kind(device: jax.Device) -> str:
