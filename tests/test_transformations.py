@@ -129,35 +129,34 @@ CALLS = {
 }
 
 
-def on_both_paths(argnames: str, values: Sequence[tuple[Any, ...]]) -> Any:
+def on_paths(argnames: str, values: Sequence[tuple[Any, ...]], *, alternate: bool = False) -> Any:
     """Parametrises a test over values, the name of a call first, and over both implementations.
 
     Transposed convolutions run natively alone here: their rules know nothing of implementations, and XLA
-    takes long to compile its own.
+    takes long to compile its own. For the same reasons tests of what JAX does around a call `alternate`
+    between the implementations; the rest is slow.
     """
-    paths = [
-        (implementation, *value)
-        for implementation in ("native", "xla")
-        for value in values
-        if implementation == "native" or not value[0].startswith("conv_transpose")
-    ]
+    paths = []
+    for i, value in enumerate(values):
+        for j, implementation in enumerate(("native", "xla")):
+            if value[0].startswith("conv_transpose"):
+                marks = [] if implementation == "native" else None
+            else:
+                marks = [pytest.mark.slow] if alternate and (i + j) % 2 else []
+            if marks is not None:
+                paths.append(pytest.param(implementation, *value, marks=marks))
     return pytest.mark.parametrize(f"implementation, {argnames}", paths, indirect=["implementation"])
 
 
-every_call = on_both_paths("name", [(name,) for name in CALLS])
-every_operand = on_both_paths(
-    "name, operand", [(name, i) for name, call in CALLS.items() for i in call.differentiable]
-)
+NAMES = [(name,) for name in CALLS]
+OPERANDS = [(name, i) for name, call in CALLS.items() for i in call.differentiable]
+SOME_OPERANDS = [(name, i) for name, i in OPERANDS if i == 0 or CALLS[name].linear != (0, 1)]
 
-
-some_operands = on_both_paths(
-    "name, operand",
-    [
-        (name, i)
-        for name, call in CALLS.items()
-        for i in (call.differentiable[:1] if call.linear == (0, 1) else call.differentiable)
-    ],
-)
+every_call = on_paths("name", NAMES)
+every_call_once = on_paths("name", NAMES, alternate=True)
+every_operand = on_paths("name, operand", OPERANDS)
+every_operand_once = on_paths("name, operand", OPERANDS, alternate=True)
+some_operands_once = on_paths("name, operand", SOME_OPERANDS, alternate=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -341,7 +340,7 @@ def test_vmap_over_every_operand_and_axis_channels_first(name, implementation):
     check_vmap(problem(name, implementation, data_format="channels_first", stack=3))
 
 
-@every_call
+@every_call_once
 def test_vmap_of_vmap_with_axes_from_the_end(name, implementation):
     stacked = problem(name, implementation, stack=6)
     expected = loop(stacked.f, *stacked.operands)
@@ -353,7 +352,7 @@ def test_vmap_of_vmap_with_axes_from_the_end(name, implementation):
     check_equal(actual, expected)
 
 
-@every_operand
+@every_operand_once
 def test_vmap_of_grad(name, operand, implementation):
     stacked = problem(name, implementation, stack=3)
     gradient = jax.grad(scalar(stacked.first), operand)
@@ -363,7 +362,7 @@ def test_vmap_of_grad(name, operand, implementation):
         check_equal(jax.jit(jax.vmap(gradient, in_axes=axis))(*operands), expected)
 
 
-@every_operand
+@every_operand_once
 def test_grad_of_vmap(name, operand, implementation):
     stacked = problem(name, implementation, stack=3)
     expected = loop(jax.grad(scalar(stacked.first), operand), *stacked.operands)
@@ -375,7 +374,7 @@ def test_grad_of_vmap(name, operand, implementation):
 
 
 @pytest.mark.parametrize("mode", ["jvp", "vjp"])
-@every_operand
+@every_operand_once
 def test_vmap_over_tangents_alone(name, operand, mode, implementation):
     # The image and what was saved of it are not mapped, the tangents are.
     p = problem(name, implementation)
@@ -434,7 +433,7 @@ def test_first_derivatives_in_every_way(name, operand, implementation):
     close(jax.linear_transpose(push, x)(cotangent), pulled)
 
 
-@on_both_paths("name, operand", [(name, i) for name, call in CALLS.items() for i in call.linear])
+@on_paths("name, operand", [(name, i) for name, call in CALLS.items() for i in call.linear])
 @pytest.mark.usefixtures("x64")
 def test_linear_transpose_of_what_is_linear(name, operand, implementation):
     p = problem(name, implementation, batch=1, channels=2, dtype=np.float64)
@@ -462,7 +461,7 @@ def test_second_derivatives_in_every_way(name, operand, implementation):
         check_equal(jax.jit(second)(x), hessian, rtol=1e-7)
 
 
-@on_both_paths("name", [(name,) for name, call in CALLS.items() if len(call.differentiable) == 2])
+@on_paths("name", [(name,) for name, call in CALLS.items() if len(call.differentiable) == 2])
 @pytest.mark.usefixtures("x64")
 def test_mixed_second_derivatives(name, implementation):
     p = small(name, implementation)
@@ -473,7 +472,7 @@ def test_mixed_second_derivatives(name, implementation):
     check_equal(blocks[1][0], np.moveaxis(mixed, range(a.ndim), range(-a.ndim, 0)), rtol=1e-7)
 
 
-@every_operand
+@every_operand_once
 @pytest.mark.usefixtures("x64")
 def test_third_derivatives(name, operand, implementation):
     p = small(name, implementation)
@@ -513,14 +512,14 @@ def test_gradient_of_unpooled_maxima_is_the_identity_on_them(implementation):
 # --- control flow and rematerialisation ---------------------------------------------------------------
 
 
-@every_call
+@every_call_once
 def test_scan(name, implementation):
     stacked = problem(name, implementation, stack=3)
     _, actual = lax.scan(lambda carry, operands: (carry, stacked.f(*operands)), 0, stacked.operands)
     check_equal(actual, loop(stacked.f, *stacked.operands))
 
 
-@some_operands
+@some_operands_once
 def test_gradient_through_scan(name, operand, implementation):
     stacked = problem(name, implementation, stack=3)
 
@@ -534,7 +533,7 @@ def test_gradient_through_scan(name, operand, implementation):
     check_equal(actual, loop(jax.grad(scalar(stacked.first), operand), *stacked.operands))
 
 
-@some_operands
+@some_operands_once
 def test_cond(name, operand, implementation):
     p = problem(name, implementation)
     f, x = scalar(p.along(operand)), p.operands[operand]
@@ -553,7 +552,7 @@ def test_cond(name, operand, implementation):
     check_equal((value[1], gradient[1]), other)
 
 
-@every_call
+@every_call_once
 def test_while_loop(name, implementation):
     stacked = problem(name, implementation, stack=3)
 
@@ -571,7 +570,7 @@ def test_while_loop(name, implementation):
     check_equal(add_up(1, *stacked.operands), parts[0])
 
 
-@some_operands
+@some_operands_once
 def test_checkpoint(name, operand, implementation):
     p = problem(name, implementation)
     f, x = p.along(operand), p.operands[operand]
