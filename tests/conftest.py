@@ -17,6 +17,15 @@ sys.path.insert(0, str(Path(__file__).parent))
 pytest.register_assert_rewrite("oracle")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--every", type=int, default=1, metavar="N", help="run only every N-th test")
+
+
+@pytest.hookimpl(trylast=True)  # of those that the other options leave
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    items[:] = items[:: config.getoption("every")]
+
+
 @pytest.fixture
 def native() -> None:
     """Skips the test where the native library is missing; fails it where that is not allowed."""

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from jax import lax
 
 import jax_mps
@@ -29,6 +28,7 @@ def array(*shape: int) -> jax.Array:
 @pytest.mark.parametrize("transpose_kernel", [False, True])
 @pytest.mark.parametrize(("rank", "groups"), list(itertools.product((1, 2, 3), (1, 3))))
 def test_kernel_from_torch(rank: int, groups: int, transpose_kernel: bool) -> None:
+    torch = pytest.importorskip("torch")
     window = (2, 3, 4)[:rank]
     weight, x = array(6, 2, *window), array(2, 6, *(3, 4, 2)[:rank])
     function = getattr(torch.nn.functional, f"conv_transpose{rank}d")
@@ -111,6 +111,7 @@ def test_output_padding_to_flax() -> None:
     [(3, 2, 1, 1, 1), (4, 2, 1, 1, 0), (2, 3, 1, 0, 2), (3, 1, 3, 2, 2), (5, 2, 2, 3, 1)],
 )
 def test_padding_of_torch(k: int, s: int, d: int, p: int, op: int) -> None:
+    torch = pytest.importorskip("torch")
     x, weight = array(2, 3, 6), array(3, 4, k)
     options: dict[str, Any] = {"stride": s, "dilation": d, "padding": p, "output_padding": op}
     expected = torch.nn.functional.conv_transpose1d(
