@@ -113,6 +113,35 @@ inline bool Resize(Vec<From, N> v, Vec<To, N>& to) {
     return true;
   }
 #endif
+#if defined(__aarch64__)
+  // Steps of two; a narrow side of four bytes rides in eight.
+  constexpr int kNarrow = N * (kFrom < kTo ? kFrom : kTo);
+  if constexpr ((kNarrow == 4 || kNarrow == 8) && kTo == 2 * kFrom) {
+    Vec<uint8_t, 8> x{};
+    __builtin_memcpy(&x, &v, sizeof v);
+    const auto wide = [&] {
+      if constexpr (kFrom == 1 && kSigned) return vmovl_s8(Bits<int8x8_t>(x));
+      if constexpr (kFrom == 1 && !kSigned) return vmovl_u8(Bits<uint8x8_t>(x));
+      if constexpr (kFrom == 2 && kSigned) return vmovl_s16(Bits<int16x4_t>(x));
+      if constexpr (kFrom == 2 && !kSigned) return vmovl_u16(Bits<uint16x4_t>(x));
+      if constexpr (kFrom == 4 && kSigned) return vmovl_s32(Bits<int32x2_t>(x));
+      if constexpr (kFrom == 4 && !kSigned) return vmovl_u32(Bits<uint32x2_t>(x));
+    }();
+    __builtin_memcpy(&to, &wide, sizeof to);
+    return true;
+  }
+  if constexpr ((kNarrow == 4 || kNarrow == 8) && kFrom == 2 * kTo) {
+    Vec<uint8_t, 16> x{};
+    __builtin_memcpy(&x, &v, sizeof v);
+    const auto narrow = [&] {
+      if constexpr (kTo == 1) return vmovn_u16(Bits<uint16x8_t>(x));
+      if constexpr (kTo == 2) return vmovn_u32(Bits<uint32x4_t>(x));
+      if constexpr (kTo == 4) return vmovn_u64(Bits<uint64x2_t>(x));
+    }();
+    __builtin_memcpy(&to, &narrow, sizeof to);
+    return true;
+  }
+#endif
   return false;
 }
 
@@ -124,11 +153,19 @@ inline Vec<To, N> Convert(V v) {
     Vec<To, N> to;
     if (Resize<To, From, N>(v, to)) return to;
   }
+#if defined(__aarch64__)
+  if constexpr (N == 2 && std::is_same_v<From, float> && std::is_same_v<To, double>) {
+    return Bits<Vec<To, N>>(vcvt_f64_f32(Bits<float32x2_t>(v)));
+  }
+  if constexpr (N == 2 && std::is_same_v<From, double> && std::is_same_v<To, float>) {
+    return Bits<Vec<To, N>>(vcvt_f32_f64(Bits<float64x2_t>(v)));
+  }
+#endif
   if constexpr (std::is_integral_v<To> && std::is_integral_v<From> && sizeof(To) > 2 * sizeof(From)) {
     using Middle = std::conditional_t<sizeof(From) == 1, int16_t, int32_t>;
-    return Convert<To, N>(__builtin_convertvector(v, Vec<std::conditional_t<std::is_signed_v<From>, Middle, std::make_unsigned_t<Middle>>, N>));
+    return Convert<To, N>(Convert<std::conditional_t<std::is_signed_v<From>, Middle, std::make_unsigned_t<Middle>>, N>(v));
   } else if constexpr (std::is_integral_v<To> && std::is_integral_v<From> && 2 * sizeof(To) < sizeof(From)) {
-    return Convert<To, N>(__builtin_convertvector(v, Vec<std::conditional_t<sizeof(From) == 8, int32_t, int16_t>, N>));
+    return Convert<To, N>(Convert<std::conditional_t<sizeof(From) == 8, int32_t, int16_t>, N>(v));
   } else {
     return __builtin_convertvector(v, Vec<To, N>);
   }
@@ -161,7 +198,10 @@ inline Vec<float, N> Widen(F16, Vec<uint16_t, N> bits) {
   if constexpr (N == 16) return Bits<Vec<float, N>>(_mm512_maskz_cvtph_ps(0xffff, Bits<__m256i>(bits)));
 #endif
 #if defined(__aarch64__)
-  if constexpr (N == 4) return Bits<Vec<float, N>>(vcvt_f32_f16(Bits<float16x4_t>(bits)));
+  if constexpr (N == 4 || N == 1) return Bits<Vec<float, N>>(vcvt_f32_f16(Bits<float16x4_t>(bits)));
+  if constexpr (N == 2) {
+    return Bits<Vec<float, N>>(vget_low_f32(vcvt_f32_f16(vreinterpret_f16_u32(vdup_n_u32(Bits<uint32_t>(bits))))));
+  }
 #endif
   using U = Vec<uint32_t, N>;
   const U half = Convert<uint32_t, N>(bits);
@@ -189,7 +229,8 @@ inline void Narrow(F16* to, Vec<float, N> v) {
   if constexpr (N == 16) return StoreRaw<N>(&to->bits, _mm512_maskz_cvtps_ph(0xffff, Bits<__m512>(v), _MM_FROUND_TO_NEAREST_INT));
 #endif
 #if defined(__aarch64__)
-  if constexpr (N == 4) return StoreRaw<N>(&to->bits, vcvt_f16_f32(Bits<float32x4_t>(v)));
+  if constexpr (N == 4 || N == 1) return StoreRaw<N>(&to->bits, vcvt_f16_f32(Bits<float32x4_t>(v)));
+  if constexpr (N == 2) return StoreRaw<N>(&to->bits, vcvt_f16_f32(vcombine_f32(Bits<float32x2_t>(v), Bits<float32x2_t>(v))));
 #endif
   using U = Vec<uint32_t, N>;
   const U bits = Bits<U>(v);
