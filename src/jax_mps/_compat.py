@@ -1,4 +1,13 @@
-"""Everything that depends on the JAX version, and the few private JAX names that have no public one."""
+"""Everything that depends on the JAX version, and the few private JAX names that have no public one.
+
+One code base serves JAX 0.4.34 to 0.12. What the older ones cannot do, whatever the library:
+
+| JAX | lacks | what happens |
+|---|---|---|
+| before 0.6 | `jax.shard_map`, which finds out what varies; the experimental one knows its own primitives only | its error asks for `check_rep=False`; with that everything works |
+| before 0.6 | explicit sharding | there is no such mesh; its tests begin where `jax.set_mesh` does |
+| before 0.6 | `jax.export`, and with it symbolic shapes, without absl-py | `ImportError`; `pip install absl-py` |
+"""
 
 from __future__ import annotations
 
@@ -11,9 +20,14 @@ from typing import Any
 
 import jax
 import jax.core
-from jax import export, lax
+from jax import lax
 from jax._src.core import InconclusiveDimensionOperation  # no public name since JAX 0.11
 from jax.interpreters import ad, mlir
+
+try:
+    from jax import export
+except ImportError:  # before JAX 0.6 it needs absl-py, which JAX does not depend on
+    export = None
 
 try:
     from jax import ffi  # JAX >= 0.5.0
@@ -47,7 +61,7 @@ max_dim, min_dim = jax.core.max_dim, jax.core.min_dim
 
 
 def is_symbolic(dim: Any) -> bool:
-    return bool(export.is_symbolic_dim(dim))
+    return export is not None and bool(export.is_symbolic_dim(dim))
 
 
 def symbolic_below(value: Any, bound: int) -> bool:

@@ -115,7 +115,7 @@ inline bool Resize(Vec<From, N> v, Vec<To, N>& to) {
 #endif
 #if defined(__aarch64__)
   // Steps of two; a narrow side of four bytes rides in eight.
-  constexpr int kNarrow = N * (kFrom < kTo ? kFrom : kTo);
+  constexpr int kNarrow = sizeof v < sizeof to ? sizeof v : sizeof to;
   if constexpr ((kNarrow == 4 || kNarrow == 8) && kTo == 2 * kFrom) {
     Vec<uint8_t, 8> x{};
     __builtin_memcpy(&x, &v, sizeof v);
