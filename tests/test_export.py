@@ -260,3 +260,14 @@ def test_forcing_the_native_path_in_an_export_is_an_error(native):
         export.export(jax.jit(f))(symbolic(2))
     with pytest.raises(ValueError, match="implementation='native' cannot be had: an exported program"):
         export.export(jax.jit(f))(jax.ShapeDtypeStruct((1, 4, 4, 1), np.float32))
+
+
+def test_imports_without_what_exports_need():
+    """JAX before 0.6 has `jax.export` only where absl-py is installed, which is no dependency of its own."""
+    code = (
+        "import sys; sys.modules['absl'] = None\n"
+        "import jax, jax_mps\n"
+        "print(jax_mps.max_pool(jax.numpy.arange(4.0).reshape(1, 4, 1), 2, strides=2).ravel())"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stdout) == (0, "[1. 3.]\n"), run.stderr

@@ -4,9 +4,9 @@ One code base serves JAX 0.4.34 to 0.12. What the older ones cannot do, whatever
 
 | JAX | lacks | what happens |
 |---|---|---|
-| before 0.6 | `jax.shard_map`, which finds out what varies; the experimental one knows its own primitives only | its error asks for `check_rep=False`; with that everything works |
+| before 0.6 | `jax.shard_map` | the experimental one wants `check_rep=False` and says so; then all works |
 | before 0.6 | explicit sharding | there is no such mesh; its tests begin where `jax.set_mesh` does |
-| before 0.6 | `jax.export`, and with it symbolic shapes, without absl-py | `ImportError`; `pip install absl-py` |
+| before 0.6 | `jax.export` without absl-py | `ImportError`, there and for symbolic shapes, no earlier |
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from jax.interpreters import ad, mlir
 try:
     from jax import export
 except ImportError:  # before JAX 0.6 it needs absl-py, which JAX does not depend on
-    export = None
+    export = None  # type: ignore[assignment]
 
 try:
     from jax import ffi  # JAX >= 0.5.0
