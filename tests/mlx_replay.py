@@ -54,7 +54,7 @@ def replay(lowered: Any, *operands: Any, compiled: bool = False) -> list[np.ndar
 
 
 def _from_numpy(x: Any) -> Array:
-    x = np.ascontiguousarray(x).reshape(np.shape(x))
+    x = np.array(x, order="C")  # MLX takes no strides below 0
     if x.dtype == jnp.bfloat16:
         return mx.array(x.astype(np.float32)).astype(mx.bfloat16)
     return mx.array(x)

@@ -219,6 +219,9 @@ def max_unpool(
     the last one in row-major order stays (after `max_pool` they are equal), and the gradient goes to
     that one alone. An index outside the plane is dropped.
 
+    On Apple's GPUs, whose plugins have no scatter to rely on, every entry is compared with every pixel of its
+    plane, and large planes are refused when the program is lowered.
+
     Args:
       y: values, `(*batch, *spatial, channels)` or channels first, of any dtype that `max_pool` takes.
       indices: int32 flat positions in the plane, in the shape of `y`, as `max_pool(...,

@@ -21,7 +21,11 @@ from jax_mps.lowering import apple
 
 __all__ = ["add_arguments", "run"]
 
-_POOLS = {"max_pool": jax_mps.max_pool, "avg_pool": jax_mps.avg_pool, "l2_pool": jax_mps.l2_pool}
+_POOLS: dict[str, Callable[..., Any]] = {
+    "max_pool": jax_mps.max_pool,
+    "avg_pool": jax_mps.avg_pool,
+    "l2_pool": jax_mps.l2_pool,
+}
 _OPERATIONS = (*_POOLS, "max_unpool", "conv_transpose")
 
 
@@ -87,7 +91,7 @@ def _function(options: argparse.Namespace) -> tuple[Callable[..., Any], tuple[An
     """The operation as a function of arrays, and their types."""
     rank, shape = len(options.window), options.shape
     image = jax.ShapeDtypeStruct(shape, jnp.dtype(options.dtype))
-    call = {"strides": _each(options.strides, rank), "padding": options.padding}
+    call: dict[str, Any] = {"strides": _each(options.strides, rank), "padding": options.padding}
     dilation = _each(options.dilation, rank)
     if options.operation in _POOLS:
         call |= {"window_dilation": dilation, "ceil_mode": options.ceil_mode}
