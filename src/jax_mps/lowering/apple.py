@@ -10,7 +10,7 @@ in the form in which both compute what StableHLO means. What is left out, and wh
 * `reverse`, inner and negative padding, `lhs_dilation`, reversed windows, groups of batches, and groups along
   one or three axes: refused by one of them, or silently ignored.
 * loops, branches, custom calls, sort, random numbers, `iota`: crashes, or no converter.
-* quotients of integers: MLX gives a floating point number.
+* quotients of integers and broadcasts that change the order of axes: the MLX plugin computes something else.
 * float64 and complex numbers. bfloat16 and unsigned integers are in neither's way but nobody has reported
   them to work with `jax-metal`: they are allowed, and unverified there.
 
@@ -189,6 +189,12 @@ def _anything(op: Operation) -> Iterator[str]:
     return iter(())
 
 
+def _broadcast(op: Operation) -> Iterator[str]:
+    dims = numbers(op, "broadcast_dimensions")
+    if dims != sorted(dims):  # the MLX plugin reshapes, and does not transpose
+        yield f"broadcasts must keep the order of axes, not map them to {dims}"
+
+
 def _pad(op: Operation) -> Iterator[str]:
     if min(*numbers(op, "edge_padding_low"), *numbers(op, "edge_padding_high"), 0) < 0:
         yield "padding must not be negative"
@@ -291,7 +297,7 @@ def products(op: Operation) -> tuple[tuple[list[int], list[int]], tuple[list[int
 _ELEMENTWISE: dict[str, Callable[[Operation], Iterator[str]]] = {
     "stablehlo.add": _anything,
     "stablehlo.and": _boolean,
-    "stablehlo.broadcast_in_dim": _anything,
+    "stablehlo.broadcast_in_dim": _broadcast,
     "stablehlo.compare": _compare,
     "stablehlo.convert": _anything,
     "stablehlo.divide": _float,

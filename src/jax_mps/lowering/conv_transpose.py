@@ -703,7 +703,9 @@ def _forward_channelwise(conv: _Conv, x: Array, kernel: Array) -> Array:
             term = nth_before(term, axis, dim, j, 0)
         for dim, axis in zip(dims, axes, strict=True):
             term = repeat(term, dim, axis.stride)
-        spread = lax.broadcast_in_dim(taps, term.shape, (*(d + 1 for d in dims), channel))
+        if not conv.channels_last:
+            taps = lax.transpose(taps, (rank, *range(rank)))
+        spread = lax.broadcast_in_dim(taps, term.shape, sorted((*(d + 1 for d in dims), channel)))
         terms.append(term * spread)
     y = conv.sum(terms, arrays=2)
     for dim, axis in reversed(list(zip(dims, axes, strict=True))):
