@@ -226,6 +226,58 @@ def test_help(arguments, expected, capsys):
     assert expected in capsys.readouterr().out
 
 
+# --- lower --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("max_pool", "--shape", "2,16,16,3", "--window", "3,3", "--padding", "1", "--vjp"),
+        ("max_pool", "--shape", "2,16,16,3", "--indices", "--second"),
+        ("avg_pool", "--shape", "2,3,17", "--window", "3", "--padding", "1", "--ceil-mode",
+         "--data-format", "channels_first"),
+        ("l2_pool", "--shape", "1,6,6,6,2", "--window", "2,2,2", "--dilation", "2", "--dtype", "bfloat16"),
+        ("max_unpool", "--shape", "2,4,4,3", "--output-shape", "9,8", "--jvp"),
+        ("conv_transpose", "--shape", "2,4,4,6", "--window", "3,3", "--groups", "2", "--features", "4",
+         "--padding", "1:0,1:1", "--output-padding", "1", "--vjp", "--platform", "mps"),
+    ],
+)  # fmt: skip
+def test_lower_prints_a_program_for_apple(arguments, capsys):
+    assert cli.main(["lower", *arguments]) == 0
+    output = capsys.readouterr()
+    assert output.out.startswith("module @")
+    assert "stablehlo." in output.out
+    assert output.err == ""
+
+
+def test_lower_names_what_is_outside_the_list(capsys):
+    assert cli.main(["lower", "max_unpool", "--shape", "2,4,4,3", "--platform", "cuda"]) == 1
+    output = capsys.readouterr()
+    assert "stablehlo.scatter" in output.out
+    assert "stablehlo.scatter is not among the operations that all plugins have, in %" in output.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("max_unpool", "--shape", "1,112,112,64"), "cannot be lowered for Apple's GPUs"),
+        (("max_pool", "--shape", "1,4,4,2", "--window", "5,5"), "the output size would be below 1"),
+        (("max_pool", "--shape", "1,4,4,2", "--dtype", "complex64"), "x must have a dtype of"),
+    ],
+)
+def test_lower_says_what_cannot_be(arguments, message, capsys):
+    assert cli.main(["lower", *arguments]) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert message in output.err
+
+
+def test_lower_of_float64():
+    run = command("lower", "l2_pool", "--shape", "1,4,4,2", "--dtype", "float64")
+    assert (run.returncode, run.stdout) == (2, "")
+    assert "l2_pool cannot be lowered for Apple's GPUs with an array of float64" in run.stderr
+
+
 # --- optional dependencies ----------------------------------------------------------------------------
 
 

@@ -1,4 +1,4 @@
-"""The command line: `python -m jax_mps [info | demo | bench]`."""
+"""The command line: `python -m jax_mps [info | demo | bench | lower]`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from jax_mps import info
 from jax_mps.bench import command as bench
 from jax_mps.demo import command as demo
+from jax_mps.lowering import command as lower
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -22,6 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ("info", info, "versions, devices, and which path serves each platform"),
         ("demo", demo, "train two small networks with these layers, check their gradients, draw a picture"),
         ("bench", bench, "time the named shapes beside stock JAX and PyTorch"),
+        ("lower", lower, "print the program of an operation on a platform; check it for Apple's plugins"),
     ):
         command = commands.add_parser(name, help=summary, description=module.__doc__)
         module.add_arguments(command)

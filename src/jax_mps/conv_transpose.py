@@ -514,7 +514,6 @@ conv_transpose_p = windowed.define(
     _forward_aval,
     xla_fun=lowered.forward,
     native=_native("conv_transpose"),
-    by_platform=True,
     batch=_batch(_Roles(("x", "kernel"), "y")),
 )
 conv_transpose_gradient_data_p = windowed.define(
@@ -522,7 +521,6 @@ conv_transpose_gradient_data_p = windowed.define(
     _data_aval,
     xla_fun=lowered.gradient_data,
     native=_native("conv_transpose_gradient_data"),
-    by_platform=True,
     batch=_batch(_Roles(("y", "kernel"), "x")),
 )
 conv_transpose_gradient_weights_p = windowed.define(
@@ -530,7 +528,6 @@ conv_transpose_gradient_weights_p = windowed.define(
     _weights_aval,
     xla_fun=lowered.gradient_weights,
     native=_native("conv_transpose_gradient_weights"),
-    by_platform=True,
     batch=_batch(_Roles(("y", "x"), "kernel")),
 )
 

@@ -10,14 +10,12 @@ number, one byte for windows of up to 128 taps, is the only residual.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any, Literal, overload
 
 import jax
 import numpy as np
-from jax import lax
 from jax.interpreters import ad
 from jax.typing import ArrayLike
 
@@ -27,7 +25,6 @@ from jax_mps.geometry import (
     Edge,
     Ints,
     Padding,
-    Placement,
     Window,
     place,
     spatial_start,
@@ -145,7 +142,7 @@ def max_pool(
         raise ValueError(f"return_indices=True needs spatial planes below 2**31 pixels, got {sizes}")
     params = {"window": window, "start": start, "implementation": implementation}
     y, tap = max_pool_with_index_p.bind(image, **params)
-    return y, _flat_positions(tap, placement, sizes)
+    return y, positions_p.bind(tap, window=window, start=start, crop=placement.crop, sizes=sizes)
 
 
 def max_pool_gradient(
@@ -222,6 +219,9 @@ def max_unpool(
     the last one in row-major order stays (after `max_pool` they are equal), and the gradient goes to
     that one alone. An index outside the plane is dropped.
 
+    On Apple's GPUs, whose plugins have no scatter to rely on, every entry is compared with every pixel of its
+    plane, and large planes are refused when the program is lowered.
+
     Args:
       y: values, `(*batch, *spatial, channels)` or channels first, of any dtype that `max_pool` takes.
       indices: int32 flat positions in the plane, in the shape of `y`, as `max_pool(...,
@@ -271,21 +271,6 @@ def max_unpool(
         start=start,
         implementation=implementation,
     )
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2), inline=True)
-def _flat_positions(tap: Array, placement: Placement, sizes: Sequence[Any]) -> Array:
-    """Tap numbers as flat positions in the uncropped plane."""
-    rest = lax.convert_element_type(tap, np.int32)
-    flat, pixels = lax.full_like(rest, 0), 1
-    for i in reversed(range(placement.window.rank)):
-        axis, (before, _) = placement.window.axes[i], placement.crop[i]
-        k = lax.rem(rest, lax.full_like(rest, axis.kernel))
-        rest = lax.div(rest, lax.full_like(rest, axis.kernel))
-        number = lax.broadcasted_iota(np.int32, rest.shape, placement.start + i)
-        position = number * axis.stride + (k * axis.dilation + (before - axis.lo))
-        flat, pixels = flat + position * pixels, pixels * sizes[i]
-    return flat
 
 
 # --- on windows that are placed already ---------------------------------------------------------------
@@ -366,6 +351,14 @@ max_pool_put_p = windowed.define(
 )
 
 
+positions_p = windowed.define(
+    "max_pool_positions",
+    lambda tap, **params: _compat.retyped(tap, tap.shape, np.dtype(np.int32)),
+    xla_fun=pooling.positions,
+    native=None,
+)
+
+
 def _take(t: Array, tap: Array, **params: Any) -> Array:
     return max_pool_take_p.bind(*_compat.vary_alike(t, tap), **params)
 
@@ -384,14 +377,18 @@ def _with_index_jvp(primals: Sequence[Array], tangents: Sequence[Array], **param
     return [y, tap], [_take(tangents[0], tap, **params), _compat.zero_tangent(tap)]
 
 
-def _index_jvp(primals: Sequence[Array], tangents: Sequence[Array], **params: Any) -> Any:
-    tap = max_pool_index_p.bind(*primals, **params)
-    return tap, _compat.zero_tangent(tap)
+def _integer_jvp(primitive: Any) -> Any:
+    def jvp(primals: Sequence[Array], tangents: Sequence[Array], **params: Any) -> tuple[Array, Any]:
+        out = primitive.bind(*primals, **params)
+        return out, _compat.zero_tangent(out)
+
+    return jvp
 
 
 ad.primitive_jvps[max_pool_p] = _max_jvp
 ad.primitive_jvps[max_pool_with_index_p] = _with_index_jvp
-ad.primitive_jvps[max_pool_index_p] = _index_jvp
+ad.primitive_jvps[max_pool_index_p] = _integer_jvp(max_pool_index_p)
+ad.primitive_jvps[positions_p] = _integer_jvp(positions_p)
 windowed.define_multilinear(max_pool_take_p, {0: lambda ct, _, tap, **params: _put(ct, tap, **params)})
 windowed.define_multilinear(max_pool_put_p, {0: lambda ct, _, tap, **params: _take(ct, tap, **params)})
 
@@ -409,17 +406,13 @@ def _plane_native(name: str) -> Any:
 max_unpool_p = windowed.define(
     "max_unpool",
     lambda y, indices, *, sizes, source, start, implementation: windowed.resized(y, start, source, sizes),
-    xla_fun=lambda y, indices, *, sizes, source, start: pooling.max_unpool(
-        y, indices, sizes=sizes, start=start
-    ),
+    xla_fun=pooling.max_unpool,
     native=_plane_native("max_unpool"),
 )
 max_unpool_take_p = windowed.define(
     "max_unpool_take",
     lambda c, indices, *, sizes, source, start, implementation: windowed.resized(c, start, sizes, source),
-    xla_fun=lambda c, indices, *, sizes, source, start: pooling.max_unpool_take(
-        c, indices, sizes=sizes, start=start
-    ),
+    xla_fun=pooling.max_unpool_take,
     native=_plane_native("max_unpool_take"),
 )
 windowed.define_multilinear(

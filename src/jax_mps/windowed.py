@@ -33,9 +33,8 @@ def define(
     abstract: Callable[..., Any],
     *,
     xla_fun: Callable[..., Any],
-    native: Callable[..., tuple[str, Params]],
+    native: Callable[..., tuple[str, Params]] | None,
     multiple_results: bool = False,
-    by_platform: bool = False,
     batch: Callable[..., tuple[Any, Any]] | None = None,
 ) -> Any:
     """A primitive with everything but its derivative rules.
@@ -46,7 +45,6 @@ def define(
       xla_fun: the StableHLO lowering, see `lowering.register`.
       native: the FFI lowering, see `lowering.register`.
       multiple_results: whether `abstract` gives a list.
-      by_platform: see `lowering.register`.
       batch: the rule of `vmap`, a function of (primitive, operands, dimensions, **params); by default the
         one for operands that all look like `(outer..., spatial..., inner...)`.
     """
@@ -55,7 +53,7 @@ def define(
     primitive.def_impl(functools.partial(xla.apply_primitive, primitive))
     primitive.def_abstract_eval(abstract)
     batching.primitive_batchers[primitive] = functools.partial(batch or _batch, primitive)
-    lowering.register(primitive, xla=xla_fun, native=native, by_platform=by_platform)
+    lowering.register(primitive, xla=xla_fun, native=native)
     return primitive
 
 
@@ -191,22 +189,62 @@ def pooled_shape(shape: Sequence[Dim], window: Window, start: int) -> tuple[Dim,
 
 def crop(x: Array, placement: Placement) -> Array:
     """Cuts off what negative padding takes away."""
-    starts, limits = [0] * x.ndim, list(x.shape)
-    if all(before == after == 0 for before, after in placement.crop):
-        return x
-    for i, (before, after) in enumerate(placement.crop, placement.start):
-        starts[i], limits[i] = before, x.shape[i] - after
-    return lax.slice(x, starts, limits)
+    return _cut(x, placement.start, placement.crop)
 
 
 def uncrop(x: Array, placement: Placement) -> Array:
     """The transpose of `crop`: zeros where pixels were cut off."""
-    if all(before == after == 0 for before, after in placement.crop):
+    return _grow(x, placement.start, placement.crop)
+
+
+# The transpose of JAX's own `slice` is a `pad`, whose transpose is a `pad` by a negative width, which Apple's
+# plugins may not have. `margins` are the pixels before and after, for every axis of the array.
+
+_Margins = Sequence[tuple[Dim, Dim]]
+
+
+def _with_margins(name: str, sign: int, xla_fun: Callable[..., Array]) -> Any:
+    def abstract(x: Any, *, margins: _Margins) -> Any:
+        shape = (n + sign * (before + after) for n, (before, after) in zip(x.shape, margins, strict=True))
+        return _compat.retyped(x, tuple(shape), x.dtype)
+
+    def batch(primitive: Any, args: Sequence[Array], dims: Sequence[int], *, margins: _Margins) -> Any:
+        (x,), (dim,) = args, dims
+        return primitive.bind(x, margins=(*margins[:dim], (0, 0), *margins[dim:])), dim
+
+    return define(name, abstract, xla_fun=xla_fun, native=None, batch=batch)
+
+
+def _sliced(x: Array, *, margins: _Margins, platform: lowering.Platform) -> Array:
+    limits = [n - after for n, (_, after) in zip(x.shape, margins, strict=True)]
+    return lax.slice(x, [before for before, _ in margins], limits)
+
+
+def _padded(x: Array, *, margins: _Margins, platform: lowering.Platform) -> Array:
+    return lax.pad(x, np.zeros((), x.dtype), [(before, after, 0) for before, after in margins])
+
+
+cut_p = _with_margins("cut", -1, _sliced)
+grow_p = _with_margins("grow", 1, _padded)
+define_multilinear(cut_p, {0: lambda ct, _, margins: grow_p.bind(ct, margins=margins)})
+define_multilinear(grow_p, {0: lambda ct, _, margins: cut_p.bind(ct, margins=margins)})
+
+
+def _cut(x: Array, start: int, margins: _Margins) -> Array:
+    """Cuts pixels off the spatial axes."""
+    return _bind_margins(cut_p, x, start, margins)
+
+
+def _grow(x: Array, start: int, margins: _Margins) -> Array:
+    """Puts zeros around the spatial axes."""
+    return _bind_margins(grow_p, x, start, margins)
+
+
+def _bind_margins(primitive: Any, x: Array, start: int, margins: _Margins) -> Array:
+    if all(before == after == 0 for before, after in margins):
         return x
-    config = [(0, 0, 0)] * x.ndim
-    for i, (before, after) in enumerate(placement.crop, placement.start):
-        config[i] = (before, after, 0)
-    return lax.pad(x, np.zeros((), x.dtype), config)
+    rest = x.ndim - start - len(margins)
+    return primitive.bind(x, margins=(*[(0, 0)] * start, *margins, *[(0, 0)] * rest))
 
 
 def enclose(x: Array, window: Window, start: int, edge: Edge) -> tuple[Array, Window]:
@@ -226,10 +264,13 @@ def enclose(x: Array, window: Window, start: int, edge: Edge) -> tuple[Array, Wi
     for dim, axis in enumerate(window.axes, start):
         if edge != "exclude":
             axis, before, after = axis.enclosed()
-            pads = [(before, after) if i == dim else (0, 0) for i in range(x.ndim)]
-            x = jnp.pad(x, pads, mode="constant" if edge == "zero" else "edge")
+            if edge == "zero":
+                x = _grow(x, dim, [(before, after)])
+            else:
+                pads = [(before, after) if i == dim else (0, 0) for i in range(x.ndim)]
+                x = jnp.pad(x, pads, mode="edge")
         if surely_below(axis.lo, 0):
-            x = lax.slice_in_dim(x, -axis.lo, None, axis=dim)
+            x = _cut(x, dim, [(-axis.lo, 0)])
             axis = axis.cropped(-axis.lo, 0)
         axes.append(axis)
     return x, Window(tuple(axes))

@@ -6,15 +6,16 @@
 | cpu otherwise: several devices under automatic or explicit sharding, export, symbolic shapes | StableHLO |
 | every other platform, Apple's included | StableHLO |
 
-The StableHLO is written with `jax.lax` alone: `pooling.py`, the same for every platform, and
-`conv_transpose.py`, which has several forms and a table that says which serves where. Nothing is
+The StableHLO is written with `jax.lax` alone: `pooling.py`, nearly the same for every platform, and
+`conv_transpose.py`, which has several forms and a table that says which serves where. `apple.py` says what
+Apple's plugins can run, and `command.py` prints programs. Nothing is
 registered under a third party's platform name: JAX raises for a platform whose plugin is absent, so the
 default rule serves them all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -63,25 +64,25 @@ def register(
     primitive: Any,
     *,
     xla: Callable[..., Any],
-    native: Callable[..., tuple[str, dict[str, Any]]],
-    by_platform: bool = False,
+    native: Callable[..., tuple[str, dict[str, Any]]] | None,
 ) -> None:
     """Registers both lowerings of a primitive.
 
     Args:
-      primitive: its parameters include `implementation`, which this module alone reads.
-      xla: the function of the operands and the other parameters to trace into StableHLO.
-      native: gives the handler's name and its attributes for the other parameters.
-      by_platform: whether `xla` also takes `platform`, one of `Platform`.
+      primitive: its parameters include `implementation`, which this module alone reads, if it has a kernel.
+      xla: the function of the operands, the other parameters, and `platform`, one of `Platform`, to trace
+        into StableHLO.
+      native: gives the handler's name and its attributes for the other parameters; None if it has no kernel.
     """
     plainly = _compat.lower_plainly(xla)
 
     def to_stablehlo(ctx: Any, *operands: Any, **params: Any) -> Any:
-        if by_platform:
-            params["platform"] = platform_of(ctx)
-        return plainly(ctx, *operands, **params)
+        platform = platform_of(ctx)
+        if platform == "apple":
+            _check_apple_has(primitive.name, (*ctx.avals_in, *ctx.avals_out))
+        return plainly(ctx, *operands, platform=platform, **params)
 
-    def portable(ctx: Any, *operands: Any, implementation: str | None, **params: Any) -> Any:
+    def portable(ctx: Any, *operands: Any, implementation: str | None = None, **params: Any) -> Any:
         if implementation == "native":
             raise ValueError(
                 f"implementation='native' cannot be had on {', '.join(_compat.platforms(ctx))}: "
@@ -95,11 +96,21 @@ def register(
             raise ValueError(f"implementation='native' cannot be had: {obstacle}")
         if obstacle or implementation == "xla":
             return to_stablehlo(ctx, *operands, **params)
-        name, attributes = native(**params)
+        name, attributes = native(**params)  # type: ignore[misc]
         return _compat.call_native(ctx, ffi.target(name), *operands, **attributes)
 
     mlir.register_lowering(primitive, portable)
-    mlir.register_lowering(primitive, cpu, platform="cpu")
+    if native is not None:
+        mlir.register_lowering(primitive, cpu, platform="cpu")
+
+
+def _check_apple_has(name: str, avals: Sequence[Any]) -> None:
+    for aval in avals:
+        if aval.dtype.kind == "c" or aval.dtype.itemsize == 8:
+            raise TypeError(
+                f"{name} cannot be lowered for Apple's GPUs with an array of {aval.dtype.name}: they have no "
+                "64-bit and no complex numbers; convert to float32 first"
+            )
 
 
 def _obstacle(ctx: Any) -> str:

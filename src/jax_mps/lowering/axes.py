@@ -6,6 +6,9 @@ the axis into blocks of `stride` pixels; pixel r of a block is its phase r.
 
 from __future__ import annotations
 
+import functools
+import math
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -67,6 +70,20 @@ def unblock(x: Array, axis: Axis, dim: int) -> Array:
     """The inverse of splitting an axis into (blocks, phases); then cut or grown to the image."""
     x = lax.reshape(x, (*x.shape[:dim], x.shape[dim] * x.shape[dim + 1], *x.shape[dim + 2 :]))
     return uncover(x, axis, dim, 0)
+
+
+def add_up(terms: Iterable[Array], at_once: int) -> Array:
+    """The sum of arrays, at most `at_once` of them by elementwise operations in a row.
+
+    Further sums are left to a reduction, which compilers that fuse elementwise operations keep apart.
+    """
+    arrays = list(terms)
+    sums = [functools.reduce(lax.add, arrays[i : i + at_once]) for i in range(0, len(arrays), at_once)]
+    if len(sums) == 1:
+        return sums[0]
+    shape, dtype = sums[0].shape, sums[0].dtype
+    rows = lax.concatenate([lax.reshape(a, (1, math.prod(shape))) for a in sums], 0)
+    return lax.reshape(lax.reduce(rows, np.zeros((), dtype), lax.add, (0,)), shape)
 
 
 def disjoint(axis: Axis) -> bool:

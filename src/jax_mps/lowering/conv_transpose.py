@@ -31,7 +31,9 @@ from jax import lax
 
 from jax_mps.geometry import Axis, Window
 from jax_mps.lowering import Platform, accumulator
+from jax_mps.lowering.apple import MAX_OPERANDS
 from jax_mps.lowering.axes import (
+    add_up,
     cover,
     cut,
     disjoint,
@@ -100,6 +102,14 @@ class _Conv:
     @property
     def dilated(self) -> bool:
         return any(axis.dilation > 1 and axis.kernel > 1 for axis in self.window.axes)
+
+    def sum(self, terms: Iterable[Array], arrays: int = 1) -> Array:
+        """The sum of terms, each computed from that many arrays.
+
+        On Apple's GPUs a kernel reads half as many as it may: the derivative of a product adds two sums.
+        """
+        terms = list(terms)
+        return add_up(terms, MAX_OPERANDS // 2 // arrays if self.platform == "apple" else len(terms))
 
 
 # --- which form serves where --------------------------------------------------------------------------
@@ -446,12 +456,13 @@ def _forward_phases(conv: _Conv, x: Array, kernel: Array) -> Array:
         kernel = resize(kernel, dim, 0, count * axis.stride - axis.kernel, 0)
     strides = [a.stride for a in axes]
     interleaved = [n for pair in zip(counts, strides, strict=True) for n in pair]
-    *_, groups, outputs, inputs = kernel.shape
-    kernel = lax.reshape(kernel, (*interleaved, groups, outputs, inputs))
+    *_, outputs, inputs = kernel.shape
+    groups = () if conv.groups == 1 else (conv.groups,)  # one axis less: Apple's plugins may have only eight
+    kernel = lax.reshape(kernel, (*interleaved, *groups, outputs, inputs))
     # (taps..., inputs, groups, phases..., outputs)
-    taps, phases = range(0, 2 * rank, 2), range(1, 2 * rank, 2)
-    kernel = lax.transpose(kernel, (*taps, 2 * rank + 2, 2 * rank, *phases, 2 * rank + 1))
-    kernel = lax.reshape(kernel, (*counts, inputs, groups * math.prod(strides) * outputs))
+    taps, phases, last = range(0, 2 * rank, 2), range(1, 2 * rank, 2), 2 * rank + len(groups)
+    kernel = lax.transpose(kernel, (*taps, last + 1, *range(2 * rank, last), *phases, last))
+    kernel = lax.reshape(kernel, (*counts, inputs, conv.groups * math.prod(strides) * outputs))
     y = _convolve(
         conv,
         x,
@@ -463,12 +474,13 @@ def _forward_phases(conv: _Conv, x: Array, kernel: Array) -> Array:
     )
     # Channels (groups, phases..., outputs) to their places; every axis is (blocks, phases) for a moment.
     first, at = conv.spatial, conv.channel
-    y = lax.reshape(y, (*y.shape[:at], groups, *strides, outputs, *y.shape[at + 1 :]))
-    blocks = first if conv.channels_last else first + rank + 1
-    pairs = [d for i in range(rank) for d in (blocks + i, at + 1 + i)]
-    channels = [at, at + rank + 1]
+    y = lax.reshape(y, (*y.shape[:at], *groups, *strides, outputs, *y.shape[at + 1 :]))
+    phase = at + len(groups)
+    channels = [*range(at, phase), phase + rank]
+    blocks = first if conv.channels_last else phase + rank + 1
+    pairs = [d for i in range(rank) for d in (blocks + i, phase + i)]
     y = lax.transpose(y, [0, *pairs, *channels] if conv.channels_last else [0, *channels, *pairs])
-    places = slice(y.ndim - 2, y.ndim) if conv.channels_last else slice(1, 3)
+    places = slice(1 + 2 * rank, y.ndim) if conv.channels_last else slice(1, 1 + len(channels))
     shape = list(y.shape)
     shape[places] = [conv.outputs]
     y = lax.reshape(y, shape)
@@ -522,18 +534,18 @@ def _forward_dot(conv: _Conv, x: Array, kernel: Array) -> Array:
     columns = lax.transpose(kernel, (rank, rank + 2, *range(rank), rank + 1))
     columns = lax.reshape(columns, (groups, conv.inputs // groups, window.taps * (conv.outputs // groups)))
     z = _matmul(conv, _rows(conv, x, conv.inputs), columns, (2, 1))
-    # (groups, pixels, taps, outputs) to (batch, pixels and taps of each axis..., outputs)
-    n, outs = x.shape[0], x.shape[1:-1]
-    z = lax.reshape(z, (groups, n, *outs, *window.kernel, conv.outputs // groups))
-    pairs = [d for i in range(rank) for d in (2 + i, 2 + rank + i)]
-    z = lax.transpose(z, (1, *pairs, 0, 2 + 2 * rank))
-    z = lax.reshape(z, (*z.shape[:-2], conv.outputs))
+    # (groups, pixels, taps, outputs) to (batch, pixels and taps of each axis..., outputs); the batch stays
+    # with the first axis on the way, because Apple's plugins may have no more than eight axes.
+    n, (first, *others) = x.shape[0], x.shape[1:-1]
+    z = lax.reshape(z, (groups, n * first, *others, *window.kernel, conv.outputs // groups))
+    z = lax.transpose(z, (*(d for i in range(rank) for d in (1 + i, 1 + rank + i)), 0, 1 + 2 * rank))
+    z = lax.reshape(z, (n, first, *z.shape[1:-2], conv.outputs))
     for i in reversed(range(rank)):
-        z = _overlap_add(z, window.axes[i], 1 + 2 * i)
+        z = _overlap_add(conv, z, window.axes[i], 1 + 2 * i)
     return _in_place(conv, z)
 
 
-def _overlap_add(z: Array, axis: Axis, dim: int) -> Array:
+def _overlap_add(conv: _Conv, z: Array, axis: Axis, dim: int) -> Array:
     """Adds up the taps of all windows of an axis, `(windows, taps)` at `dim`, where they fall."""
     s, d = axis.stride, axis.dilation
     if axis.kernel == 1:
@@ -542,7 +554,7 @@ def _overlap_add(z: Array, axis: Axis, dim: int) -> Array:
         count = -(-axis.kernel // s)
         z = resize(z, dim + 1, 0, count * s - axis.kernel, 0)
         parts = [cut(z, dim + 1, m * s, (m + 1) * s) for m in range(count)]
-        total = _sum(resize(part, dim, m, count - 1 - m, 0) for m, part in enumerate(parts))
+        total = conv.sum(resize(part, dim, m, count - 1 - m, 0) for m, part in enumerate(parts))
         return unblock(total, axis, dim)
     places = [divmod(d * k, s) for k in range(axis.kernel)]
     last = max(block for block, _ in places)
@@ -553,17 +565,10 @@ def _overlap_add(z: Array, axis: Axis, dim: int) -> Array:
             for k, (block, phase) in enumerate(places)
             if phase == r
         ]
-        phases.append(_sum(terms) if terms else None)
+        phases.append(conv.sum(terms) if terms else None)
     like = next(p for p in phases if p is not None)
     filled = [lax.full_like(like, 0) if p is None else p for p in phases]
     return unblock(_concatenate(filled, dim + 1), axis, dim)
-
-
-def _sum(terms: Iterable[Array]) -> Array:
-    first, *rest = terms
-    for term in rest:
-        first = first + term
-    return first
 
 
 def _patches(image: Array, axis: Axis, dim: int) -> Array:
@@ -646,9 +651,9 @@ def _weights_taps(conv: _Conv, g: Array, x: Array) -> Array:
     parts = [lax.expand_dims(block(first), (0,)) for first in firsts]
     kernel = _concatenate(parts, 0)
     counts = [a.kernel // s for a, s in zip(window.axes, steps, strict=True)]
-    kernel = lax.reshape(kernel, (*counts, groups, *steps, *per_group))
+    kernel = lax.reshape(kernel, (*counts, groups, *steps, math.prod(per_group)))
     pairs = [d for i in range(rank) for d in (i, rank + 1 + i)]
-    kernel = lax.transpose(kernel, (*pairs, rank, 2 * rank + 1, 2 * rank + 2))
+    kernel = lax.transpose(kernel, (*pairs, rank, 2 * rank + 1))
     return lax.reshape(kernel, (*window.kernel, groups, *per_group))
 
 
@@ -698,9 +703,11 @@ def _forward_channelwise(conv: _Conv, x: Array, kernel: Array) -> Array:
             term = nth_before(term, axis, dim, j, 0)
         for dim, axis in zip(dims, axes, strict=True):
             term = repeat(term, dim, axis.stride)
-        spread = lax.broadcast_in_dim(taps, term.shape, (*(d + 1 for d in dims), channel))
+        if not conv.channels_last:
+            taps = lax.transpose(taps, (rank, *range(rank)))
+        spread = lax.broadcast_in_dim(taps, term.shape, sorted((*(d + 1 for d in dims), channel)))
         terms.append(term * spread)
-    y = _sum(terms)
+    y = conv.sum(terms, arrays=2)
     for dim, axis in reversed(list(zip(dims, axes, strict=True))):
         y = unblock(y, axis, dim)
     return y
@@ -715,7 +722,7 @@ def _data_channelwise(conv: _Conv, g: Array, kernel: Array) -> Array:
             weight = cut(weight, dim, k, k + 1)
         weight = lax.reshape(weight, (conv.groups,))
         terms.append(tap * lax.broadcast_in_dim(weight, tap.shape, (conv.channel,)))
-    return _sum(terms)
+    return conv.sum(terms, arrays=2)
 
 
 def _weights_channelwise(conv: _Conv, g: Array, x: Array) -> Array:

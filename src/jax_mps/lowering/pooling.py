@@ -13,6 +13,9 @@ Axes are taken one after the other. An argmax survives that, because the innermo
 and every combination prefers its left side; so does the routing of values to and from the argmax,
 because the windows that choose their maximum inside a common part of the image choose the same pixel
 (`_Routes`).
+
+Apple's plugins get the same, with four differences: arrays with few axes, sums and choices of many taps in
+parts that one kernel can read, no quotients of integers, and no scatter and gather in unpooling.
 """
 
 from __future__ import annotations
@@ -29,8 +32,10 @@ import numpy as np
 from jax import lax
 
 from jax_mps.geometry import Axis, Band, Dim, Divisor, Window, surely_below
-from jax_mps.lowering import accumulator
+from jax_mps.lowering import Platform, accumulator
+from jax_mps.lowering.apple import MAX_OPERANDS
 from jax_mps.lowering.axes import (
+    add_up,
     cover,
     cut,
     disjoint,
@@ -53,8 +58,42 @@ _CHAIN = 8
 _TAPS = 32
 """Taps of a window up to which each is compared with the chosen one, whatever axis it is on."""
 
+_APPLE_TAPS = 6
+"""How many of them by one kernel, beside the arrays that the chosen one is found from."""
+
 _WINDOWS = 9
 """Windows that reach a pixel, up to which each is compared, whatever axis it is on."""
+
+
+def _primitive(*, by_platform: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Gives the lowering of a primitive the keyword `platform`, and merges axes for Apple's plugins.
+
+    Their operations are known to work with up to eight axes. One axis before the spatial ones and one
+    behind them are enough; for everyone else merging axes would only keep arrays from being partitioned.
+    """
+
+    def decorate(fun: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(fun)
+        def lower(*operands: Array, platform: Platform, start: int, **params: Any) -> Any:
+            if by_platform:
+                params["platform"] = platform
+            if platform != "apple":
+                return fun(*operands, start=start, **params)
+            rank = len(params["sizes"]) if "sizes" in params else params["window"].rank
+            outer, inner = operands[0].shape[:start], operands[0].shape[start + rank :]
+
+            def merged(x: Array) -> Array:
+                behind = (math.prod(inner),) if inner else ()
+                return lax.reshape(x, (math.prod(outer), *x.shape[start : start + rank], *behind))
+
+            def split(y: Array) -> Array:
+                return lax.reshape(y, (*outer, *y.shape[1 : 1 + rank], *inner))
+
+            return jax.tree.map(split, fun(*map(merged, operands), start=1, **params))
+
+        return lower
+
+    return decorate
 
 
 def _scalar(value: Any, dtype: Any) -> Array:
@@ -70,6 +109,7 @@ def _fold(
     *,
     reduce: Callable[[Array, int], Array] | None = None,
     idempotent: bool = False,
+    chain: int = _CHAIN,
 ) -> State:
     """Combines the taps of every window of one axis.
 
@@ -82,6 +122,7 @@ def _fold(
       fill: the values of the padding.
       reduce: the same over a whole axis, if one operation does it.
       idempotent: whether a tap may be combined twice.
+      chain: how many taps may be combined without doubling.
     """
     if reduce is not None and disjoint(axis) and axis.kernel > 1:
         return tuple(
@@ -89,7 +130,7 @@ def _fold(
         )
 
     state = tuple(cover(x, axis, dim, f) for x, f in zip(state, fill, strict=True))
-    if axis.kernel <= _CHAIN:
+    if axis.kernel <= chain:
         result = tuple(tap_of(x, axis, dim, 0) for x in state)
         for k in range(1, axis.kernel):
             result = combine(result, tuple(tap_of(x, axis, dim, k) for x in state), k)
@@ -164,6 +205,7 @@ def _spread(g: Array, axis: Axis, dim: int) -> Array:
 # --- max ----------------------------------------------------------------------------------------------
 
 
+@_primitive()
 def max_pool(x: Array, *, window: Window, start: int) -> Array:
     lowest = _lowest(x.dtype)
 
@@ -176,15 +218,21 @@ def max_pool(x: Array, *, window: Window, start: int) -> Array:
     return _fold_window((x,), window, start, combine, (lowest,), reduce=reduce, idempotent=True)[0]
 
 
-def max_pool_index(x: Array, *, window: Window, start: int) -> Array:
-    return max_pool_with_index(x, window=window, start=start)[1]
+@_primitive(by_platform=True)
+def max_pool_index(x: Array, *, window: Window, start: int, platform: Platform) -> Array:
+    return _argmax(x, window, start, platform)[1]
 
 
-def max_pool_with_index(x: Array, *, window: Window, start: int) -> tuple[Array, Array]:
+@_primitive(by_platform=True)
+def max_pool_with_index(x: Array, *, window: Window, start: int, platform: Platform) -> State:
+    return _argmax(x, window, start, platform)
+
+
+def _argmax(x: Array, window: Window, start: int, platform: Platform) -> State:
     if all(map(disjoint, window.axes)):
         value, tap = _argmax_of_blocks(x, window, start)
-    else:
-        value, tap = _argmax_by_axis(x, window, start)
+    else:  # two arrays a tap
+        value, tap = _argmax_by_axis(x, window, start, chain=_CHAIN // 2 if platform == "apple" else _CHAIN)
     # The padding holds the lowest value. Where it ties with the image, everything ties, and tap 0 was
     # chosen; the first tap inside the image is the right one.
     unit, least = window.taps, None
@@ -200,7 +248,7 @@ def max_pool_with_index(x: Array, *, window: Window, start: int) -> tuple[Array,
     return value, lax.convert_element_type(tap, window.tap_dtype)
 
 
-def _argmax_by_axis(x: Array, window: Window, start: int) -> State:
+def _argmax_by_axis(x: Array, window: Window, start: int, chain: int) -> State:
     state: State = (x, lax.full_like(x, 0, dtype=np.int32))
     unit = 1
     for i in reversed(range(window.rank)):
@@ -214,7 +262,7 @@ def _argmax_by_axis(x: Array, window: Window, start: int) -> State:
             return value, lax.select(better, ir + _full(ir, distance * unit), il)
 
         fill = (_lowest(x.dtype), 0)
-        state = _fold(state, window.axes[i], start + i, combine, fill, idempotent=True)
+        state = _fold(state, window.axes[i], start + i, combine, fill, idempotent=True, chain=chain)
         unit *= window.axes[i].kernel
     return state
 
@@ -228,9 +276,10 @@ def _argmax_of_blocks(x: Array, window: Window, start: int) -> State:
     hit = lax.eq(blocks, maximum)
     if _has_nan(x):  # a maximum that is NaN was brought by a NaN
         hit = lax.bitwise_or(hit, lax.ne(blocks, blocks))
-    numbers = lax.broadcast_in_dim(_numbers(window), blocks.shape, dims)
-    candidates = lax.select(hit, numbers, _full(numbers, window.taps))
-    return value, lax.reduce(candidates, _scalar(window.taps, np.int32), lax.min, dims)
+    # Counted from the last tap, the first one has the largest number.
+    numbers = lax.broadcast_in_dim(window.taps - _numbers(window), blocks.shape, dims)
+    first = _reduce_max(lax.select(hit, numbers, _full(numbers, 0)), dims)
+    return value, _full(first, window.taps) - first
 
 
 def _all_blocks(x: Array, window: Window, start: int, fill: Any) -> tuple[Array, tuple[int, ...]]:
@@ -270,11 +319,55 @@ def _reduce_max(x: Array, dims: Sequence[int]) -> Array:
     return lax.reduce(x, _scalar(_lowest(x.dtype), x.dtype), lax.max, dims)
 
 
-def _full(x: Array, value: int) -> Array:
+def _full(x: Array, value: float) -> Array:
     return lax.full_like(x, value)
 
 
-def max_pool_take(t: Array, tap: Array, *, window: Window, start: int) -> Array:
+@_primitive(by_platform=True)
+def positions(
+    tap: Array,
+    *,
+    window: Window,
+    start: int,
+    crop: Sequence[tuple[Dim, Dim]],
+    sizes: Sequence[Dim],
+    platform: Platform,
+) -> Array:
+    """Tap numbers as flat positions in the plane, of which `crop` was cut off."""
+    flat, pixels = lax.full_like(tap, 0, dtype=np.int32), 1
+    rest = lax.convert_element_type(tap, np.int32)
+    for i in reversed(range(window.rank)):
+        axis, (before, _) = window.axes[i], crop[i]
+        quotient = _quotient(rest, axis.kernel, platform)
+        k = rest - quotient * _full(rest, axis.kernel)
+        number = lax.broadcast_in_dim(_count(axis.out, platform), rest.shape, (start + i,))
+        position = number * axis.stride + (k * axis.dilation + (before - axis.lo))
+        rest, flat, pixels = quotient, flat + position * pixels, pixels * sizes[i]
+    return flat
+
+
+def _quotient(x: Array, divisor: int, platform: Platform) -> Array:
+    if platform != "apple":
+        return lax.div(x, _full(x, divisor))
+    # Tap numbers are small enough for float32, and the half keeps rounding from reaching the next integer.
+    wide = lax.convert_element_type(x, np.float32)
+    return lax.convert_element_type((wide + _full(wide, 0.5)) / _full(wide, divisor), np.int32)
+
+
+def _count(length: Dim, platform: Platform) -> Array:
+    """0, 1, 2, ..."""
+    if platform != "apple" or not isinstance(length, int):
+        return lax.iota(np.int32, length)
+    # Apple's plugins do not all have `iota`; two constants of the root of its size do.
+    step = math.isqrt(length) + 1
+    shape = (-(-length // step), step)
+    rows, columns = (np.arange(n, dtype=np.int32) * unit for n, unit in zip(shape, (step, 1), strict=True))
+    table = lax.broadcast_in_dim(rows, shape, (0,)) + lax.broadcast_in_dim(columns, shape, (1,))
+    return cut(lax.reshape(table, (math.prod(shape),)), 0, 0, length)
+
+
+@_primitive(by_platform=True)
+def max_pool_take(t: Array, tap: Array, *, window: Window, start: int, platform: Platform) -> Array:
     tap = lax.convert_element_type(tap, np.int32)
     if all(map(disjoint, window.axes)):
         blocks, dims = _all_blocks(t, window, start, 0)
@@ -287,26 +380,30 @@ def max_pool_take(t: Array, tap: Array, *, window: Window, start: int) -> Array:
         return _Routes(tap, window, start).take(t)
     for i, axis in enumerate(window.axes, start):
         t = cover(t, axis, i, 0)
-    out = lax.full_like(t, 0, shape=tap.shape)
+    parts, size = [], _APPLE_TAPS if platform == "apple" else _TAPS
     for number, taps in enumerate(itertools.product(*(range(n) for n in window.kernel))):
+        if number % size == 0:
+            parts.append(lax.full_like(t, 0, shape=tap.shape))
         starts, limits, strides = [0] * t.ndim, list(t.shape), [1] * t.ndim
         for i, (axis, k) in enumerate(zip(window.axes, taps, strict=True), start):
             starts[i], strides[i] = k * axis.dilation, axis.stride
             limits[i] = starts[i] + (axis.out - 1) * axis.stride + 1
-        out = lax.select(lax.eq(tap, _full(tap, number)), lax.slice(t, starts, limits, strides), out)
-    return out
+        hit = lax.eq(tap, _full(tap, number))
+        parts[-1] = lax.select(hit, lax.slice(t, starts, limits, strides), parts[-1])
+    return add_up(parts, 1)
 
 
-def max_pool_put(g: Array, tap: Array, *, window: Window, start: int) -> Array:
+@_primitive(by_platform=True)
+def max_pool_put(g: Array, tap: Array, *, window: Window, start: int, platform: Platform) -> Array:
     dtype = g.dtype
     g = lax.convert_element_type(g, accumulator(dtype))
     tap = lax.convert_element_type(tap, np.int32)
     terms = [neighbours(axis) for axis in window.axes]
     if math.prod(map(len, terms)) > _WINDOWS:
-        total = _Routes(tap, window, start).put(g)
+        image = _Routes(tap, window, start).put(g)
     else:
-        total = _put_by_phases(g, tap, window, start, terms)
-    return lax.convert_element_type(total, dtype)
+        image = _put_by_phases(g, tap, window, start, terms, platform)
+    return lax.convert_element_type(image, dtype)
 
 
 def _put_by_phases(
@@ -315,6 +412,7 @@ def _put_by_phases(
     window: Window,
     start: int,
     terms: Sequence[Sequence[tuple[int, tuple[int, ...]]]],
+    platform: Platform,
 ) -> Array:
     """Every pixel compares its own tap number with the choice of each window that reaches it.
 
@@ -328,7 +426,7 @@ def _put_by_phases(
             for n, (j, _) in enumerate(along)
         }
     phases = tuple(start + 2 * i + 1 for i in range(window.rank))
-    total = None
+    parts = []
     for key, (value, chosen) in shifted.items():
         number = np.zeros((), np.int32)
         for axis, along, n in zip(window.axes, terms, key, strict=True):
@@ -342,11 +440,12 @@ def _put_by_phases(
         kept = [i for i in range(len(shape)) if i not in phases]
         value, chosen = (lax.broadcast_in_dim(a, shape, kept) for a in (value, chosen))
         hit = lax.eq(chosen, lax.broadcast_in_dim(number, shape, phases))
-        term = lax.select(hit, value, lax.full_like(value, 0))
-        total = term if total is None else total + term
+        parts.append(lax.select(hit, value, lax.full_like(value, 0)))
+    arrays = 2 if all(axis.stride == 1 for axis in window.axes) else 3
+    image = add_up(parts, MAX_OPERANDS // arrays if platform == "apple" else len(parts))
     for i, axis in enumerate(window.axes, start):
-        total = unblock(total, axis, i)
-    return total
+        image = unblock(image, axis, i)
+    return image
 
 
 class _Routes:
@@ -374,7 +473,7 @@ class _Routes:
                 half = 2 ** ((length - 1).bit_length() - 1)
                 later = length - half
                 bound = _full(tap, half * unit)
-                turn = lax.ge(tap, bound)
+                turn = lax.gt(tap, _full(tap, half * unit - 1))
                 steps.append((later * axis.dilation, turn))
                 # The other turn leaves a negative number, except where the two parts overlap.
                 move = (
@@ -427,11 +526,13 @@ def _shift(x: Array, dim: int, distance: int, fill: Any) -> Array:
 # --- average ------------------------------------------------------------------------------------------
 
 
+@_primitive()
 def avg_pool(x: Array, *, window: Window, start: int, divisor: Divisor) -> Array:
     total = _sum(lax.convert_element_type(x, accumulator(x.dtype)), window, start)
     return lax.convert_element_type(_divide(total, window, start, divisor), x.dtype)
 
 
+@_primitive()
 def avg_spread(g: Array, *, window: Window, start: int, divisor: Divisor) -> Array:
     total = _divide(lax.convert_element_type(g, accumulator(g.dtype)), window, start, divisor)
     return lax.convert_element_type(_spread_window(total, window, start), g.dtype)
@@ -469,7 +570,8 @@ def _counts(window: Window, band: Band, dtype: Any) -> list[Array]:
         grown = axis.cropped(-lo, -hi)
         if grown.overlaps_padding():
             ones = lax.full((grown.size,), 1, dtype)
-            counts.append(_fold((ones,), grown, 0, _add, (0,), reduce=_reduce_sum)[0])
+            # All of it is constant, so that nothing but the number of arrays matters.
+            counts.append(_fold((ones,), grown, 0, _add, (0,), reduce=_reduce_sum, chain=2)[0])
         else:
             counts.append(np.array(axis.kernel, dtype))
     return counts
@@ -490,22 +592,32 @@ _NORM_SCALE = {np.dtype(np.float32): 32, np.dtype(np.float64): 256}
 """Exponent of the scale of norms: below its inverse they are scaled up, else down."""
 
 
-def l2_pool(x: Array, *, window: Window, start: int, out_dtype: Any) -> Array:
+@_primitive(by_platform=True)
+def l2_pool(x: Array, *, window: Window, start: int, out_dtype: Any, platform: Platform) -> Array:
     if x.dtype == np.float16:  # a square stays in the range of float32
         x = lax.convert_element_type(x, np.float32)
         return lax.convert_element_type(lax.sqrt(_sum(x * x, window, start)), out_dtype)
     parts, scales = _classes(lax.convert_element_type(x, accumulator(x.dtype)))
-    squares = tuple(a * a for a in parts)
-    sums = _fold_window(squares, window, start, _add, (0, 0, 0), reduce=_reduce_sum)
+    sums = _sums([a * a for a in parts], window, start, platform)
     ordinary, small, large = (lax.sqrt(a) * _power(a, -scale) for a, scale in zip(sums, scales, strict=True))
     return lax.convert_element_type(_hypotenuse(_hypotenuse(small, ordinary), large), out_dtype)
+
+
+def _sums(parts: Sequence[Array], window: Window, start: int, platform: Platform) -> State:
+    """The sums of the taps of several images."""
+    if platform != "apple":
+        return _fold_window(tuple(parts), window, start, _add, (0,) * len(parts), reduce=_reduce_sum)
+    # As one image: their sums go into one kernel later, which could not read the taps of them all.
+    sums = _sum(lax.concatenate(parts, 0), window, start)
+    size = parts[0].shape[0]
+    return tuple(cut(sums, 0, i * size, (i + 1) * size) for i in range(len(parts)))
 
 
 def _classes(x: Array) -> tuple[State, tuple[int, ...]]:
     """Ordinary, small and large numbers apart, each scaled to a range whose squares stay in the type."""
     (low, up), (high, down) = _CLASSES[np.dtype(x.dtype)]
-    size, zero = lax.abs(x), lax.full_like(x, 0)
-    small, large = lax.lt(size, _power(x, low)), lax.gt(size, _power(x, high))
+    size, zero = lax.max(x, -x), lax.full_like(x, 0)
+    small, large = lax.gt(_power(x, low), size), lax.gt(size, _power(x, high))
     parts = (
         lax.select(lax.bitwise_or(small, large), zero, x),
         lax.select(small, x * _power(x, up), zero),
@@ -526,17 +638,18 @@ def _hypotenuse(a: Array, b: Array) -> Array:
     return long * lax.sqrt(ratio * ratio + lax.full_like(ratio, 1))
 
 
-def l2_tangent(t: Array, x: Array, y: Array, *, window: Window, start: int) -> Array:
+@_primitive(by_platform=True)
+def l2_tangent(t: Array, x: Array, y: Array, *, window: Window, start: int, platform: Platform) -> Array:
     t, image = (lax.convert_element_type(a, y.dtype) for a in (t, x))
     nowhere = lax.eq(y, lax.full_like(y, 0))
     norm = lax.select(nowhere, lax.full_like(y, 1), y)
     parts, scales = ((image,), (0,)) if x.dtype == np.float16 else _classes(image)
-    products = tuple(a * t for a in parts)
-    sums = _fold_window(products, window, start, _add, (0,) * len(parts), reduce=_reduce_sum)
+    sums = _sums([a * t for a in parts], window, start, platform)
     terms = (a / norm * _power(a, -scale) for a, scale in zip(sums, scales, strict=True))
     return lax.select(nowhere, lax.full_like(y, 0), functools.reduce(lax.add, terms))
 
 
+@_primitive()
 def l2_gradient(g: Array, x: Array, y: Array, *, window: Window, start: int) -> Array:
     image = lax.convert_element_type(x, y.dtype)
     zero, scale = lax.full_like(y, 0), _NORM_SCALE[np.dtype(y.dtype)]
@@ -550,7 +663,7 @@ def l2_gradient(g: Array, x: Array, y: Array, *, window: Window, start: int) -> 
     if x.dtype == np.float16:
         dx = term(lax.ne(y, zero), 0)
     else:
-        tiny = lax.le(y, _power(y, -scale))
+        tiny = lax.gt(_power(y, -scale), y)
         dx = term(lax.bitwise_not(tiny), -scale) + term(lax.bitwise_and(tiny, lax.ne(y, zero)), scale)
     return lax.convert_element_type(dx, x.dtype)
 
@@ -558,10 +671,28 @@ def l2_gradient(g: Array, x: Array, y: Array, *, window: Window, start: int) -> 
 # --- unpooling ----------------------------------------------------------------------------------------
 #
 # Positions are data here, so these two alone use scatter and gather. Where several values name the same
-# position the last one stays; a scatter of ordinal numbers under max finds it on any platform.
+# position the last one stays; a scatter of ordinal numbers under max finds it on any platform. Apple's
+# plugins, which have no scatter and gather to rely on, compare every entry with every pixel.
+
+_COMPARISONS = 2**27
+"""Comparisons up to which that is done: each takes four bytes for a moment."""
 
 
-def max_unpool(y: Array, indices: Array, *, sizes: tuple[Dim, ...], start: int) -> Array:
+@_primitive(by_platform=True)
+def max_unpool(
+    y: Array,
+    indices: Array,
+    *,
+    sizes: tuple[Dim, ...],
+    source: tuple[Dim, ...],
+    start: int,
+    platform: Platform,
+) -> Array:
+    if platform == "apple":
+        entry = _Entries(indices, sizes, source, start)
+        flat = entry.choose(_flatten(y, start, len(sizes)), along=start)
+        return lax.reshape(flat, (*y.shape[:start], *sizes, *y.shape[start + len(sizes) :]))
+
     def plane(y: Array, indices: Array) -> Array:
         last = _last_at(indices, sizes)
         return jnp.where(last >= 0, y[jnp.maximum(last, 0)], jnp.zeros((), y.dtype))
@@ -571,7 +702,21 @@ def max_unpool(y: Array, indices: Array, *, sizes: tuple[Dim, ...], start: int) 
     return lax.reshape(flat, (*y.shape[:start], *sizes, *y.shape[start + rank :]))
 
 
-def max_unpool_take(c: Array, indices: Array, *, sizes: tuple[Dim, ...], start: int) -> Array:
+@_primitive(by_platform=True)
+def max_unpool_take(
+    c: Array,
+    indices: Array,
+    *,
+    sizes: tuple[Dim, ...],
+    source: tuple[Dim, ...],
+    start: int,
+    platform: Platform,
+) -> Array:
+    if platform == "apple":
+        entry = _Entries(indices, sizes, source, start)
+        flat = entry.choose(_flatten(c, start, len(sizes)), along=start + 1)
+        return lax.reshape(flat, indices.shape)
+
     def plane(c: Array, indices: Array) -> Array:
         order = jnp.arange(indices.shape[0], dtype=np.int32)
         inside = jnp.logical_and(indices >= 0, indices < c.shape[0])
@@ -591,6 +736,48 @@ def _last_at(indices: Array, sizes: tuple[Dim, ...]) -> Array:
     # `at` would count negative positions from the end.
     positions = jnp.where(indices < 0, size, indices)
     return jnp.full((size,), -1, np.int32).at[positions].max(order, mode="drop")
+
+
+class _Entries:
+    """Which entry of `indices` each pixel takes: a table of entries and pixels for every plane."""
+
+    def __init__(self, indices: Array, sizes: tuple[Dim, ...], source: tuple[Dim, ...], start: int) -> None:
+        indices = _flatten(indices, start, len(sizes))
+        pixels = math.prod(sizes)
+        self.shape = (*indices.shape[:start], indices.shape[start], pixels, *indices.shape[start + 1 :])
+        count = math.prod(self.shape)
+        if not isinstance(count, int) or count > _COMPARISONS:
+            raise ValueError(
+                f"max_unpool from {source} to {sizes} cannot be lowered for Apple's GPUs: it takes "
+                f"{count} comparisons of entries with pixels, and at most {_COMPARISONS} are made; unpool "
+                "fewer or smaller planes at a time, or use the CPU"
+            )
+        self.at = start
+        number = self._spread(_count(indices.shape[start], "apple"), (start,))
+        hit = lax.eq(
+            self._spread(indices, self._without(start + 1)),
+            self._spread(_count(pixels, "apple"), (start + 1,)),
+        )
+        last = _reduce_max(lax.select(hit, number, _full(number, -1)), (start,))
+        # An entry that is the last to name a pixel names it.
+        self.won = lax.eq(number, self._spread(last, self._without(start)))
+
+    def choose(self, values: Array, *, along: int) -> Array:
+        """Along one axis of the table, the value where an entry has won, or 0.
+
+        A maximum of one number is that number, whatever its type, and NaN.
+        """
+        table = self._spread(values, self._without(2 * self.at + 1 - along))
+        lowest = lax.full_like(table, _lowest(values.dtype))
+        value = _reduce_max(lax.select(self.won, table, lowest), (along,))
+        chosen = _reduce_max(lax.convert_element_type(self.won, np.int32), (along,))
+        return lax.select(lax.gt(chosen, _full(chosen, 0)), value, lax.full_like(value, 0))
+
+    def _without(self, axis: int) -> list[int]:
+        return [i for i in range(len(self.shape)) if i != axis]
+
+    def _spread(self, x: Array, dims: Sequence[int]) -> Array:
+        return lax.broadcast_in_dim(x, self.shape, dims)
 
 
 def _flatten(x: Array, start: int, rank: int) -> Array:
