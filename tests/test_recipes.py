@@ -154,7 +154,7 @@ def test_keras(monkeypatch: pytest.MonkeyPatch) -> None:
         )
     ]
     ours, theirs = models
-    weights = [0.2 * image(*w.shape) for w in theirs.get_weights()]
+    weights = [0.2 * np.asarray(image(*w.shape)) for w in theirs.get_weights()]
     for model in models:
         model.set_weights(weights)
     np.testing.assert_allclose(ours(x), theirs(x), rtol=1e-4, atol=1e-5)
