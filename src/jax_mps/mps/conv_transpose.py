@@ -586,7 +586,7 @@ class MPSCNNConvolutionTransposeGradient(_Convolution, MPSCNNGradientKernel):
         gradient_states: Sequence[MPSCNNConvolutionTransposeGradientState] | None = None,
         destination_gradients: Images | None = None,
     ) -> tuple[list[jax.Array | None], MPSCNNConvolutionTransposeGradientState]:
-        """`encode` of every image of an `MPSImageBatch`; the gradients of the one state are sums over them."""
+        """`encode` of every image of an `MPSImageBatch`; one state holds the sums of the gradients."""
         batches: Any = (source_gradients, source_images, gradient_states, destination_gradients)
         data, states = zip(*(self.encode(*images) for images in aligned(*batches)), strict=True)
         first, *rest = states
