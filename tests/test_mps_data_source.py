@@ -173,7 +173,7 @@ def test_neurons_and_their_gradients(name, x64):
     def expected(x):
         if name == "prelu":
             return np.where(x >= 0, x, np.array(SLOPES) * x)
-        return np.vectorize(NEURONS[name][1])(x)
+        return np.vectorize(NEURONS[name][1], otypes=[np.float64])(x)
 
     np.testing.assert_allclose(kernel.encode(x), expected(np.asarray(x)), rtol=1e-6, atol=1e-7)
     slope = jax.grad(lambda x: kernel.encode(x).sum())(x)

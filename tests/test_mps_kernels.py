@@ -7,6 +7,8 @@ import dataclasses
 import itertools
 import math
 import pickle
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -716,3 +718,13 @@ def test_plans_are_made_once():
     pool.encode(x)
     make(mps.MPSCNNPoolingMax).encode(x)
     assert forward_plan.cache_info().misses == misses
+
+
+def test_the_package_is_imported_when_it_is_used():
+    code = (
+        "import sys, jax_mps; assert 'jax_mps.mps' not in sys.modules; jax_mps.mps.MPSOffset; "
+        "from jax_mps import mps; assert mps is jax_mps.mps"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    with pytest.raises(AttributeError, match="module 'jax_mps' has no attribute 'nothing'"):
+        jax_mps.nothing  # noqa: B018
