@@ -1,5 +1,8 @@
 """Pooling and transposed convolution for JAX with the exact meaning of Apple's MPS CNN kernels."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from jax_mps import conventions
 from jax_mps._version import __version__
 from jax_mps.avg_pool import avg_pool, avg_pool_gradient
@@ -12,6 +15,9 @@ from jax_mps.conventions import kernel_from_torch, kernel_to_torch
 from jax_mps.l2_pool import l2_pool, l2_pool_gradient
 from jax_mps.lowering.ffi import native_available
 from jax_mps.max_pool import max_pool, max_pool_gradient, max_unpool
+
+if TYPE_CHECKING:
+    from jax_mps import mps
 
 __all__ = [
     "__version__",
@@ -28,5 +34,13 @@ __all__ = [
     "max_pool",
     "max_pool_gradient",
     "max_unpool",
+    "mps",
     "native_available",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """The classes of `mps`, on first use: most programs that import this package need none of them."""
+    if name == "mps":
+        return importlib.import_module("jax_mps.mps")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
