@@ -133,7 +133,7 @@ CASES = [("pool", name) for name in grid.CASES] + [("conv", name) for name in co
 def check_close(actual: list[Any], expected: list[Any], what: str) -> None:
     """The same numbers but for rounding, relative to the largest of all results; integers the same.
 
-    Second derivatives of a norm are differences of numbers that only the other results are as large as.
+    Second derivatives of a norm are differences of large numbers: hence the wide margin beside 0.
     """
     assert len(actual) == len(expected) > 0
     floats = [np.asarray(e, np.float64) for e in expected if jnp.issubdtype(e.dtype, jnp.floating)]
@@ -146,4 +146,4 @@ def check_close(actual: list[Any], expected: list[Any], what: str) -> None:
             continue
         step = float(jnp.finfo(e.dtype).eps)
         a, e = a.astype(np.float64), e.astype(np.float64)
-        np.testing.assert_allclose(a, e, rtol=64 * step, atol=64 * step * max(scale, 1), err_msg=what)
+        np.testing.assert_allclose(a, e, rtol=64 * step, atol=512 * step * max(scale, 1), err_msg=what)
