@@ -69,11 +69,21 @@ class _Draw:
         return bool(self.rng.random() < probability)
 
     def size(self, high=6):
-        return 0 if self.chance(0.03) else self.integer(1, high)
+        return 0 if self.chance(0.01) else self.integer(1, high)
+
+    def side(self, high):
+        """The larger of two sizes: most images are no line."""
+        return max(self.size(high), self.size(high)) if self.chance(0.9) else self.size(high)
+
+    def start(self, length):
+        """The first of `length` things; now and then there is none."""
+        return length if self.chance(0.03) else self.integer(0, max(0, length - 1) // 2)
 
     def offset(self, centre):
-        """Around `centre`, sometimes far away."""
-        return centre + (self.integer(-15, 15) if self.chance(0.1) else self.integer(-3, 3))
+        """Near `centre`, sometimes far away."""
+        if self.chance(0.05):
+            return centre + self.integer(-15, 15)
+        return centre + int(self.rng.choice([-3, -2, -1, -1, 0, 0, 0, 0, 0, 1, 1, 2, 3]))
 
     # Arrays
 
@@ -109,10 +119,10 @@ class _Draw:
         if self.chance(0.5):
             return None
         n, height, width, _ = shape
-        origin = {"x": self.integer(0, width), "y": self.integer(0, height), "z": self.integer(0, n)}
+        origin = {"x": self.start(width), "y": self.start(height), "z": self.start(n)}
         size = {
-            "width": None if self.chance(0.2) else self.integer(0, width + 2),
-            "height": None if self.chance(0.2) else self.integer(0, height + 2),
+            "width": None if self.chance(0.2) else self.size(width + 2),
+            "height": None if self.chance(0.2) else self.size(height + 2),
             "depth": None if self.chance(0.5) else depth,
         }
         return {"origin": origin, "size": size}
@@ -129,17 +139,15 @@ class _Draw:
 
     def pool_forward(self, kind):
         params = {"kind": kind, **self.geometry(kind), **self.edges(kind)}
-        height, width, channels = self.size(7), self.size(7), self.size(3)
+        height, width, channels = self.side(7), self.side(7), self.size(3)
         n = self.size(2)
-        first = self.integer(0, channels)
-        most = None if self.chance(0.5) else self.integer(0, channels)
-        if self.chance(0.5):
-            first, most = 0, None
+        first = 0 if self.chance(0.5) else self.start(channels)
+        most = None if self.chance(0.5) else self.size(3)
         count = min(channels - first, channels if most is None else most)
         into = self.integer(0, 2) if self.chance(0.3) else 0
         room = into + count + (self.integer(0, 2) if self.chance(0.3) else 0)
         shape = [n, self.size(), self.size(), room]
-        clip_rect = self.clip_rect(shape, self.integer(0, n))
+        clip_rect = self.clip_rect(shape, self.size(2))
         z = self.integer(0, 2) if self.chance(0.3) else 0
         images = z + self.images(clip_rect, n) + (self.integer(0, 1) if self.chance(0.3) else 0)
         if 0 in (height, width) and kind != "average":
@@ -161,15 +169,14 @@ class _Draw:
 
     def pool_gradient(self, kind):
         params = {"kind": kind, **self.geometry(kind), **self.edges(kind)}
-        source = [self.size(2), self.size(7), self.size(7), self.size(3)]
-        gradient = [self.size(2), self.size(), self.size(), source[3]]
-        primary = {"x": 0, "y": 0, "z": 0}
-        if self.chance(0.5):
-            primary = {"x": self.integer(-3, 6), "y": self.integer(-3, 6), "z": self.integer(-1, 1)}
+        source = [self.size(2), self.side(7), self.side(7), self.size(3)]
+        gradient = [self.size(2), self.side(7), self.side(7), source[3]]
+        primary = {name: self.integer(-2, 2) if self.chance(0.3) else 0 for name in "xy"}
+        primary["z"] = self.integer(-1, 1) if self.chance(0.2) else 0
         size = None
         if self.chance(0.5):
             names = {"width": 7, "height": 7, "depth": 2}
-            size = {n: None if self.chance(0.3) else self.integer(0, most) for n, most in names.items()}
+            size = {n: None if self.chance(0.3) else self.size(most) for n, most in names.items()}
         z = self.integer(0, 1) if self.chance(0.3) else 0
         # Every image that counts has its source image.
         last = gradient[0] if size is None or size["depth"] is None else primary["z"] + size["depth"]
@@ -180,7 +187,7 @@ class _Draw:
         if self.chance(0.3):
             shape[:3] = self.size(3), self.size(9), self.size(9)
         offset = self.centre(params, z)
-        clip_rect = self.clip_rect(shape, self.integer(0, shape[0]))
+        clip_rect = self.clip_rect(shape, self.size(2))
         params |= {
             "primary_offset": primary,
             "secondary_offset": offset,
@@ -210,7 +217,7 @@ class _Draw:
         params, weights = self.transposed()
         n = self.size(2)
         shape = [n, self.size(8), self.size(8), weights[0]]
-        clip_rect = self.clip_rect(shape, self.integer(0, n))
+        clip_rect = self.clip_rect(shape, self.size(2))
         z = self.integer(0, 2) if self.chance(0.3) else 0
         params["offset"]["z"] = z
         images = z + self.images(clip_rect, n) + (self.integer(0, 1) if self.chance(0.3) else 0)
