@@ -104,28 +104,31 @@ class Line:
         return range(low, min(high, low + MOST))
 
 
-def draw(title: str, image: str, rows: Line, columns: Line, edge: str) -> Picture:
+def draw(title: str, image: str, result: str, rest: str, rows: Line, columns: Line, edge: str) -> Picture:
     """The picture of all windows that pair a window of `rows` with one of `columns`.
 
     Args:
       title: what the picture is of.
       image: what the first panel shows.
+      result: what the second panel shows.
+      rest: what a pixel of the second panel without a window is.
       rows: the y axis.
       columns: the x axis.
       edge: what a tap outside the image reads: "zero", "clamp" (the nearest pixel) or "shrink" (nothing).
     """
+    if any(line.view.stop < line.axis.size for line in (rows, columns)):
+        image += ", its top left corner"
     left, top = MARGIN + 22, MARGIN + 66
     right = left + max(CELL * len(columns.view), 7 * len(image)) + GAP
     shown = [min(line.pixels, MOST) for line in (rows, columns)]
-    result = f"destination, {rows.pixels} \u00d7 {columns.pixels}"
     width = max(right + max(CELL * shown[1], 7 * len(result)), 9 * len(title)) + MARGIN
     bottom = top + CELL * max(len(rows.view), shown[0]) + 24
     pixels, kinds = _image(rows, columns, edge, left, top)
-    legend, height = _legend(rows, columns, kinds, bottom, width)
+    legend, height = _legend(rows, columns, kinds, rest, bottom, width)
     parts = [
         _text(MARGIN, MARGIN + 12, title, size=15, weight=600),
         _text(
-            left, MARGIN + 38, image + _cut(rows.view, rows.axis.size) + _cut(columns.view, columns.axis.size)
+            left, MARGIN + 38, image
         ),
         _text(right, MARGIN + 38, result),
         *pixels,
@@ -249,7 +252,7 @@ def _destination(rows: Line, columns: Line, left: int, top: int) -> Iterator[str
     yield from _numbers(range(height), left - 6, top + CELL / 2 + 3, across=False)
 
 
-def _legend(rows: Line, columns: Line, kinds: list[str], y: int, width: int) -> tuple[list[str], int]:
+def _legend(rows: Line, columns: Line, kinds: list[str], rest: str, y: int, width: int) -> tuple[list[str], int]:
     """What the colours mean, in as many lines as it takes, and where they end."""
     entries = [
         (f"fill='{KINDS[kind][0]}' stroke='{LINE}'", KINDS[kind][1], kind == "unread") for kind in kinds
@@ -259,7 +262,7 @@ def _legend(rows: Line, columns: Line, kinds: list[str], y: int, width: int) -> 
         entries.append((first, "first window, its taps and its centre", False))
     if rows.axis.out < rows.pixels or columns.axis.out < columns.pixels:
         entries.append(
-            (f"fill='{KINDS['unread'][0]}' stroke='{LINE}'", "destination pixel left as it was", True)
+            (f"fill='{KINDS['unread'][0]}' stroke='{LINE}'", rest, True)
         )
     parts, x = [], MARGIN
     for style, meaning, hatched in entries:
@@ -286,10 +289,6 @@ def _inside(line: Line) -> tuple[int, int]:
     """Where the image begins and ends in the view."""
     view = line.view
     return -view.start, min(line.axis.size, view.stop) - view.start
-
-
-def _cut(view: range, size: int) -> str:
-    return f" (the first {view.stop} of {size})" if view.stop < size else ""
 
 
 def _squares(places: list[tuple[int, int]], style: str) -> str:
