@@ -71,7 +71,9 @@ def compare(name, indices, implementation):
     wrong = []
     for dtype, group in itertools.groupby(randoms, key=lambda r: r.dtype):
         for chunk in batched(group):
-            for random, actual in zip(chunk, run([r.case for r in chunk], dtype, implementation), strict=True):
+            for random, actual in zip(
+                chunk, run([r.case for r in chunk], dtype, implementation), strict=True
+            ):
                 wrong += differences(random, actual)
     assert not wrong, "\n".join(wrong)
 
@@ -135,7 +137,9 @@ def differences(random, actual):
                 wrong.append(f"{random.case['id']} {name}: one is None")
             continue
         # Sums run in float32 at least and are rounded once; so does every other output but the results.
-        assert actual[name].dtype == (random.dtype if name in ("destination", "gradient_data") else sums(random.dtype))
+        assert actual[name].dtype == (
+            random.dtype if name in ("destination", "gradient_data") else sums(random.dtype)
+        )
         got = np.asarray(actual[name], np.float64)
         with np.errstate(invalid="ignore"):
             near = np.abs(got - right) <= tolerance(random, name, right)

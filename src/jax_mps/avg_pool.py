@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax import lax
 from jax.typing import ArrayLike
 
 from jax_mps import geometry, lowering, windowed
