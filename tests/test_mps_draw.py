@@ -131,6 +131,13 @@ def test_notebooks_show_every_kernel(name):
     assert not re.search(r"<script|href|url\(", shown)
 
 
+def test_notebooks_show_base_classes():
+    for kernel in (mps.MPSKernel(), mps.MPSCNNKernel(), mps.MPSCNNGradientKernel()):
+        shown = kernel._repr_html_()
+        assert type(kernel).__name__ in shown
+        assert "<svg" not in shown
+
+
 def test_pictures_are_saved(tmp_path):
     drawn = mps.draw_windows(mps.MPSCNNPoolingMax(kernel_width=1, kernel_height=1), (2, 2))
     drawn.save(tmp_path / "windows.svg")

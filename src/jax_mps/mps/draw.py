@@ -91,10 +91,11 @@ class Shown:
             f"<td style='text-align:left'>{html.escape(_words(value))}</td></tr>"
             for name, value in _changed(kernel)
         )
-        return (
-            f"<div><b>{_title(kernel)}</b><table>{rows}</table>"
-            f"{_sketch(kernel).svg if hasattr(kernel, '_spans') else ''}</div>"
-        )
+        try:
+            title, sketch = _title(kernel), _sketch(kernel).svg
+        except (AttributeError, NotImplementedError):  # a base class, which has no windows
+            title, sketch = type(kernel).__name__, ""
+        return f"<div><b>{title}</b><table>{rows}</table>{sketch}</div>"
 
 
 # --- the windows of a kernel --------------------------------------------------------------------------
