@@ -74,7 +74,7 @@ def compare(name, indices, implementation):
             for random, actual in zip(
                 chunk, run([r.case for r in chunk], dtype, implementation), strict=True
             ):
-                wrong += differences(random, actual)
+                wrong += differences(random, actual, implementation)
     assert not wrong, "\n".join(wrong)
 
 
@@ -126,7 +126,7 @@ def encode(op, kernel, source, source_gradient=None, destination=None):
     return {"destination": kernel.encode(source, destination)}
 
 
-def differences(random, actual):
+def differences(random, actual, implementation):
     """What is wrong with the outputs of a case, in words."""
     expected, wrong = mps_oracle.run(random.case), []
     assert actual.keys() == expected.keys()
@@ -143,6 +143,9 @@ def differences(random, actual):
         with np.errstate(invalid="ignore"):
             near = np.abs(got - right) <= tolerance(random, name, right)
         bad = ~((got == right) | (np.isnan(got) & np.isnan(right)) | near)
+        if implementation == "xla" and random.case["op"].startswith("conv"):
+            # There zeros around the image are multiplied too, and NaN and infinities spread through them.
+            bad &= ~(np.isnan(got) & spoilt(random))
         if got.shape != right.shape or bad.any():
             at = tuple(np.argwhere(bad)[0]) if got.shape == right.shape else ()
             wrong.append(
@@ -150,6 +153,10 @@ def differences(random, actual):
                 f"not {right[at] if at else right.shape}; {int(bad.sum())} of {bad.size} differ"
             )
     return wrong
+
+
+def spoilt(random):
+    return not all(np.isfinite(x).all() for x in random.case["inputs"].values() if x is not None)
 
 
 def sums(dtype):
