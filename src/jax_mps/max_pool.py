@@ -16,6 +16,7 @@ from typing import Any, Literal, overload
 
 import jax
 import numpy as np
+from jax import lax
 from jax.interpreters import ad
 from jax.typing import ArrayLike
 
