@@ -1,0 +1,1 @@
+"""Flax layers: import `linen` or `nnx` from here instead of from Flax."""
