@@ -37,7 +37,8 @@ def arrays_from_torch(layer: Any) -> dict[str, jax.Array]:
     Source: `torch.nn`.
     """
     kind = type(layer).__name__
-    state = {k: jnp.asarray(v.detach().cpu().numpy()) for k, v in layer.state_dict().items()}
+    # Copies: PyTorch updates its own in place.
+    state = {k: jnp.array(v.detach().cpu().numpy()) for k, v in layer.state_dict().items()}
     state.pop("num_batches_tracked", None)
     weight = state.pop("weight", None)
     arrays = {_STATISTICS.get(name, name): value for name, value in state.items()}

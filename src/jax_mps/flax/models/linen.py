@@ -27,7 +27,7 @@ class UNet(nn.Module):
     colors: int = 3
     channels: int = 32
     levels: int = 3
-    depth: int = 1
+    depth: int = 2
     window: int = 4
 
     @nn.compact

@@ -46,7 +46,7 @@ class UNet(nnx.Module):
         colors: int = 3,
         channels: int = 32,
         levels: int = 3,
-        depth: int = 1,
+        depth: int = 2,
         window: int = 4,
         *,
         rngs: nnx.Rngs,
