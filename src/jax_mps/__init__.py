@@ -1,6 +1,6 @@
 """Pooling and transposed convolution for JAX with the exact meaning of Apple's MPS CNN kernels."""
 
-from jax_mps import conventions
+from jax_mps import conventions, mps
 from jax_mps._version import __version__
 from jax_mps.avg_pool import avg_pool, avg_pool_gradient
 from jax_mps.conv_transpose import (
@@ -28,5 +28,6 @@ __all__ = [
     "max_pool",
     "max_pool_gradient",
     "max_unpool",
+    "mps",
     "native_available",
 ]
