@@ -17,7 +17,15 @@ ENTRY = re.compile(r"^::: (jax_mps\.\S+)$", re.MULTILINE)
 ENTRIES = [path for page in sorted(PAGES.rglob("*.md")) for path in ENTRY.findall(page.read_text())]
 
 # What users import from. The rest of the package is internal, or a command line.
-PUBLIC = ["jax_mps", "jax_mps.conventions"]
+PUBLIC = [
+    "jax_mps",
+    "jax_mps.conventions",
+    "jax_mps.flax.from_torch",
+    "jax_mps.flax.linen",
+    "jax_mps.flax.models",
+    "jax_mps.flax.nnx",
+    "jax_mps.mps",
+]
 
 
 def resolve(path: str) -> Any:
