@@ -1,6 +1,9 @@
 """Pooling and transposed convolution for JAX with the exact meaning of Apple's MPS CNN kernels."""
 
-from jax_mps import conventions, mps
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from jax_mps import conventions
 from jax_mps._version import __version__
 from jax_mps.avg_pool import avg_pool, avg_pool_gradient
 from jax_mps.conv_transpose import (
@@ -12,6 +15,9 @@ from jax_mps.conventions import kernel_from_torch, kernel_to_torch
 from jax_mps.l2_pool import l2_pool, l2_pool_gradient
 from jax_mps.lowering.ffi import native_available
 from jax_mps.max_pool import max_pool, max_pool_gradient, max_unpool
+
+if TYPE_CHECKING:
+    from jax_mps import mps
 
 __all__ = [
     "__version__",
@@ -31,3 +37,10 @@ __all__ = [
     "mps",
     "native_available",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """The classes of `mps`, on first use: most programs that import this package need none of them."""
+    if name == "mps":
+        return importlib.import_module("jax_mps.mps")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

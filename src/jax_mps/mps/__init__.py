@@ -1,9 +1,9 @@
 """Apple's MPS CNN kernels, by name: pooling, transposed convolution, and their gradients.
 
-The classes have the members and the meaning that Apple documents, with names in snake case and keywords for the
-labels of the initialisers. A kernel does not change; `copy` makes changed ones. Images are arrays `[height, width,
-channels]`, or `[number, height, width, channels]`. Everything works under `jit`, `vmap` and `grad`, and a kernel
-costs nothing beside the function that it translates to (`jax_mps.max_pool` and so on).
+The classes have the members and the meaning that Apple documents, with names in snake case and keywords for
+the labels of the initialisers. A kernel does not change; `copy` makes changed ones. Images are arrays
+`[height, width, channels]`, or `[number, height, width, channels]`. Everything works under `jit`, `vmap` and
+`grad`, and a kernel costs nothing beside the function that it translates to (`jax_mps.max_pool` and so on).
 
 Examples:
   >>> import jax, jax.numpy as jnp

@@ -86,7 +86,7 @@ class Bare(NamedTuple):
 
 @kernel_class
 class _Convolution(MPSKernel):
-    """A kernel with parameters: the weights, as `[height, width, in / groups, out]`, and biases are leaves."""
+    """A kernel with parameters: the weights, `[height, width, in / groups, out]`, and biases are leaves."""
 
     weights: dataclasses.InitVar[MPSCNNConvolutionDataSource]
 
@@ -198,8 +198,8 @@ class _Convolution(MPSKernel):
         """
         if self.data_source is None:
             raise ValueError(
-                "data_source must not be None for reload_weights_and_biases_from_data_source: this kernel was "
-                "made without one; copy(weights=...) gives it one"
+                "data_source must not be None for reload_weights_and_biases_from_data_source: this kernel "
+                "was made without one; copy(weights=...) gives it one"
             )
         return self.copy(weights=self.data_source)
 
@@ -216,25 +216,27 @@ class _Convolution(MPSKernel):
 class MPSCNNConvolutionTranspose(_Convolution, MPSCNNKernel):
     """The transposed convolution, with bias and activation.
 
-    Along each axis, `stride - 1` zeros are put between the pixels of the source, and the weights, not rotated, are
-    moved over that in steps of one pixel. The window of pixel 0 of the clip rectangle is centred at the expanded
-    pixel `offset * stride + kernel_offset`. Then biases are added and the descriptor's neuron is applied:
+    Along each axis, `stride - 1` zeros are put between the pixels of the source, and the weights, not
+    rotated, are moved over that in steps of one pixel. The window of pixel 0 of the clip rectangle is
+    centred at the expanded pixel `offset * stride + kernel_offset`. Then biases are added and the
+    descriptor's neuron is applied:
 
-        y[i, o] = f(bias[o] + sum over k, c of weights[o, k, c] * expanded[i + total - extent // 2 + dilation * k, c])
+        y[i, o] = f(bias[o] + sum over k, c of weights[o, k, c] * expanded[i + total - extent // 2 + dilation
+        * k, c])
 
-    Sums are formed in float32 (float64 for float64) and rounded once. Differentiable in the source, and in the
-    weights and biases: `jax.grad` of a function of the kernel gives a kernel whose
+    Sums are formed in float32 (float64 for float64) and rounded once. Differentiable in the source, and in
+    the weights and biases: `jax.grad` of a function of the kernel gives a kernel whose
     `export_weights_and_biases` are the gradients.
 
     Args:
       weights: a data source, see `MPSCNNConvolutionDataSource`; it is loaded, read and purged here.
       kernel_offset_x: columns of the expanded source by which the windows are moved.
       kernel_offset_y: rows, likewise.
-      accumulator_precision_option: FLOAT keeps sums, biases and activation in float32 until the result is stored.
-        HALF rounds the sums to the type of the image first.
+      accumulator_precision_option: FLOAT keeps sums, biases and activation in float32 until the result is
+        stored. HALF rounds the sums to the type of the image first.
       **members: those of `MPSCNNKernel` and `MPSKernel`. `edge_mode` must be ZERO. Without a destination,
-        `padding` sizes the result (SAME: `(size - 1) * stride + 1`, not `size * stride`) and replaces `offset`
-        and the kernel offsets.
+        `padding` sizes the result (SAME: `(size - 1) * stride + 1`, not `size * stride`) and replaces
+        `offset` and the kernel offsets.
 
     Raises:
       TypeError: `weights` is no data source, or a member has the wrong type.
@@ -301,8 +303,8 @@ class MPSCNNConvolutionTranspose(_Convolution, MPSCNNKernel):
         if read != self.descriptor.input_feature_channels:
             raise ValueError(
                 f"source_image must have input_feature_channels={self.descriptor.input_feature_channels} "
-                "channels to be read (see source_feature_channel_offset and source_feature_channel_max_count), "
-                f"got {read}"
+                "channels to be read (see source_feature_channel_offset and "
+                f"source_feature_channel_max_count), got {read}"
             )
         return self.descriptor.output_feature_channels
 
@@ -341,11 +343,11 @@ class MPSCNNConvolutionTranspose(_Convolution, MPSCNNKernel):
     ) -> jax.Array:
         """Runs the kernel.
 
-        Without a destination, `padding` gives the result its size and the windows their place; or, given the state
-        of an ordinary convolution, the result has the size of that convolution's source and the windows lie where
-        that convolution had them. Channels before `destination_feature_channel_offset` and pixels outside
-        `clip_rect` are 0. With a destination, neither has a meaning: the result is the destination, with the clip
-        rectangle and the channels concerned written anew.
+        Without a destination, `padding` gives the result its size and the windows their place; or, given the
+        state of an ordinary convolution, the result has the size of that convolution's source and the
+        windows lie where that convolution had them. Channels before `destination_feature_channel_offset` and
+        pixels outside `clip_rect` are 0. With a destination, neither has a meaning: the result is the
+        destination, with the clip rectangle and the channels concerned written anew.
 
         Args:
           source_image: an image `[height, width, channels]`, or images `[number, height, width, channels]`.
@@ -357,8 +359,9 @@ class MPSCNNConvolutionTranspose(_Convolution, MPSCNNKernel):
 
         Raises:
           TypeError: an unsupported dtype, or dtypes that differ.
-          ValueError: the source has not the descriptor's channels, `offset.z` and the clip rectangle ask for more
-            source images than there are, the destination has too few channels, or the result would be empty.
+          ValueError: the source has not the descriptor's channels, `offset.z` and the clip rectangle ask for
+            more source images than there are, the destination has too few channels, or the result would be
+            empty.
         """
         if convolution_gradient_state is None or destination_image is not None:
             return super().encode(source_image, destination_image)
@@ -424,7 +427,8 @@ def transposed_axis(kernel: Any, offset: MPSOffset, i: int, length: int, size: i
     """Axis i of (y, x), of `length` pixels in the source and `size` in the result."""
     span = kernel._spans()[i]
     inner = (kernel.kernel_offset_y, kernel.kernel_offset_x)[i]
-    return Axis.from_total_offset(length, *span, (offset.y, offset.x)[i] * span.stride + inner, size)
+    total = (offset.y, offset.x)[i] * span.stride + inner
+    return Axis.from_total_offset(length, span.kernel, span.stride, span.dilation, total, size)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -453,8 +457,8 @@ class MPSCNNConvolutionTransposeGradient(_Convolution, MPSCNNGradientKernel):
         weights  dW[o, k, c] = sum over images, j of E[i, o] * X[j, c]
         biases   db[o]       = sum over images, i of E[i, o]
 
-    E is the gradient before biases and activation: of a fused neuron or batch normalisation nothing is undone here
-    (`jax.grad` through the forward kernel does undo them).
+    E is the gradient before biases and activation: of a fused neuron or batch normalisation nothing is
+    undone here (`jax.grad` through the forward kernel does undo them).
 
     Args:
       weights: the data source of the forward kernel.
@@ -462,7 +466,8 @@ class MPSCNNConvolutionTransposeGradient(_Convolution, MPSCNNGradientKernel):
       kernel_offset_x: the forward kernel's.
       kernel_offset_y: the forward kernel's.
       gradient_option: which gradients to compute.
-      **members: those of `MPSCNNBinaryKernel` and `MPSKernel`; `primary_offset` and `secondary_offset` must be 0.
+      **members: those of `MPSCNNBinaryKernel` and `MPSKernel`; `primary_offset` and `secondary_offset` must
+        be 0.
 
     Raises:
       TypeError: `weights` is no data source, or a member has the wrong type.
@@ -499,8 +504,8 @@ class MPSCNNConvolutionTransposeGradient(_Convolution, MPSCNNGradientKernel):
         for name in ("primary_offset", "secondary_offset"):
             if getattr(self, name) != MPSOffset():
                 raise ValueError(
-                    f"{name} must be 0 for the gradient of a transposed convolution, whose windows offset and "
-                    f"kernel_offset place as in the forward kernel, got {getattr(self, name)}"
+                    f"{name} must be 0 for the gradient of a transposed convolution, whose windows offset "
+                    f"and kernel_offset place as in the forward kernel, got {getattr(self, name)}"
                 )
         if self.secondary_edge_mode != MPSImageEdgeMode.ZERO:
             raise ValueError(
@@ -520,22 +525,23 @@ class MPSCNNConvolutionTransposeGradient(_Convolution, MPSCNNGradientKernel):
         """Runs the kernel.
 
         Args:
-          source_gradient: the gradient of the forward kernel's clip rectangle; given its state and no destination,
-            the gradient of all of its destination will do too.
+          source_gradient: the gradient of the forward kernel's clip rectangle; given its state and no
+            destination, the gradient of all of its destination will do too.
           source_image: the forward kernel's source, of as many axes and the same dtype.
-          gradient_state: the state of the forward call. Without a destination, offsets and channel offsets are
-            those of that call. With one it is only checked.
+          gradient_state: the state of the forward call. Without a destination, offsets and channel offsets
+            are those of that call. With one it is only checked.
           destination_gradient: an array to write the gradient of the source into, within the clip rectangle.
 
         Returns:
-          A pair: the gradient of the source, and the state with `gradient_for_weights` and `gradient_for_biases`;
-          `None` for each of the three that `gradient_option` does not ask for. The first is the destination, or
-          without one an array like `source_image`, with zeros where nothing is written.
+          A pair: the gradient of the source, and the state with `gradient_for_weights` and
+          `gradient_for_biases`; `None` for each of the three that `gradient_option` does not ask for. The
+          first is the destination, or without one an array like `source_image`, with zeros where nothing is
+          written.
 
         Raises:
           TypeError: an unsupported dtype, or dtypes that differ.
-          ValueError: the state is that of another kernel or of other shapes, the numbers of channels are not those
-            of the descriptor, or the gradient has more images than the source.
+          ValueError: the state is that of another kernel or of other shapes, the numbers of channels are not
+            those of the descriptor, or the gradient has more images than the source.
         """
         g, x = self._operands(source_gradient, source_image)
         kernel, shape, destination = self._bare(), x.shape, None
@@ -580,7 +586,7 @@ class MPSCNNConvolutionTransposeGradient(_Convolution, MPSCNNGradientKernel):
         gradient_states: Sequence[MPSCNNConvolutionTransposeGradientState] | None = None,
         destination_gradients: Images | None = None,
     ) -> tuple[list[jax.Array | None], MPSCNNConvolutionTransposeGradientState]:
-        """`encode` of every image of an `MPSImageBatch`, with one state: its gradients are sums over the batch."""
+        """`encode` of every image of an `MPSImageBatch`; one state holds the sums of the gradients."""
         batches: Any = (source_gradients, source_images, gradient_states, destination_gradients)
         data, states = zip(*(self.encode(*images) for images in aligned(*batches)), strict=True)
         first, *rest = states
@@ -627,8 +633,8 @@ def stated(
         ranges[:3] = [(o, o + n) for o, n in zip(origin, size, strict=True)]
     elif g != written:
         raise ValueError(
-            f"source_gradient must have the shape of the forward kernel's destination, {destination}, or of what "
-            f"it wrote, {written}, got {g}"
+            f"source_gradient must have the shape of the forward kernel's destination, {destination}, or of "
+            f"what it wrote, {written}, got {g}"
         )
     changed = kernel.copy(
         offset=forward.offset,
@@ -648,6 +654,7 @@ def stated(
 def gradient_plan(
     kernel: MPSCNNConvolutionTransposeGradient, g: Shape, x: Shape, destination: Shape
 ) -> GradientPlan:
+    """Places the windows of a call, and the derivative in the destination."""
     lowering.check_implementation(kernel.implementation, static=True)
     drop = 4 - len(x)
     g, x, result = four(g), four(x), four(destination)

@@ -128,8 +128,8 @@ class MPSCNNConvolutionDescriptor:
     def _check_length(self, name: str, values: tuple[float, ...] | None) -> None:
         if values is not None and len(values) != self.output_feature_channels:
             raise ValueError(
-                f"{name} must have one number for each of the {self.output_feature_channels} output channels, "
-                f"got {len(values)}"
+                f"{name} must have one number for each of the {self.output_feature_channels} output "
+                f"channels, got {len(values)}"
             )
 
     @property
@@ -158,13 +158,15 @@ class MPSCNNConvolutionDescriptor:
 class MPSCNNConvolutionDataSource(Protocol):
     """Where a convolution gets its parameters from: a protocol, of which `ConvolutionDataSource` is one case.
 
-    A kernel calls `load`, the others, and `purge`, when it is made and when it reloads. Besides the methods here
-    it uses, where they exist,
+    A kernel calls `load`, the others, and `purge`, when it is made and when it reloads. Besides the methods
+    here it uses, where they exist,
 
     * `label()`: a name;
-    * `weights_quantization_type()`, with `ranges_for_uint8_kernel()` (for each output channel the numbers that 0
+    * `weights_quantization_type()`, with `ranges_for_uint8_kernel()` (for each output channel the numbers
+    that 0
       and 255 stand for) or `lookup_table_for_uint8_kernel()` (256 numbers), where `data_type` is UINT8;
-    * `kernel_weights_data_type()`: the type to convert the weights to, FLOAT16 or FLOAT32. Without it they keep
+    * `kernel_weights_data_type()`: the type to convert the weights to, FLOAT16 or FLOAT32. Without it they
+    keep
       theirs;
     * `update(gradient_state, source_state)`, see `ConvolutionDataSource`.
 
@@ -195,11 +197,12 @@ class ConvolutionDataSource:
 
     Args:
       descriptor: the shape of the convolution, and what is fused with it.
-      weights: `[out, kernel height, kernel width, in / groups]`; float32, float16, bfloat16, float64, or uint8.
+      weights: `[out, kernel height, kernel width, in / groups]`; float32, float16, bfloat16, float64, or
+        uint8.
       bias_terms: a number for each output channel, or `None` for no bias.
       label: a name.
-      ranges: for linearly quantised weights of uint8, for each output channel the numbers that 0 and 255 stand
-        for, `[out, 2]`.
+      ranges: for linearly quantised weights of uint8, for each output channel the numbers that 0 and 255
+        stand for, `[out, 2]`.
       lookup_table: for weights of uint8 by a table, the 256 numbers.
 
     Examples:
@@ -284,7 +287,8 @@ class ConvolutionDataSource:
 
         Returns:
           The new parameters, for `reload_weights_and_biases`; `None` for no update. A source that keeps its
-          parameters up to date stores them too, so that `reload_weights_and_biases_from_data_source` finds them.
+          parameters up to date stores them too, so that `reload_weights_and_biases_from_data_source` finds
+          them.
         """
         del gradient_state, source_state
         return None
@@ -329,7 +333,8 @@ def arrays(weights: Any, biases: Any, descriptor: MPSCNNConvolutionDescriptor) -
     shape = descriptor.weights_shape
     if tuple(weights.shape) not in (shape, (math.prod(shape),)):
         raise ValueError(
-            f"weights must have shape (out, kernel height, kernel width, in / groups) = {shape}, got {weights.shape}"
+            f"weights must have shape (out, kernel height, kernel width, in / groups) = {shape}, "
+            f"got {weights.shape}"
         )
     kernel = weights.reshape(shape).transpose(1, 2, 3, 0)
     if biases is None:

@@ -1,8 +1,8 @@
 """What all kernels share: immutable objects, images, destinations, and the two ways to encode.
 
 A kernel is a value. Its settings are checked once, when it is made, and everything that follows from them and
-from the shapes of a call is worked out once and kept (`forward_plan`, and its likes for gradients), so that a call is
-little more than the call of the function behind it.
+from the shapes of a call is worked out once and kept (`forward_plan`, and its likes for gradients), so that
+a call is little more than the call of the function behind it.
 """
 
 from __future__ import annotations
@@ -62,6 +62,8 @@ def count(least: int = 0, *, unbounded: bool = False) -> Callable[[str, Any], An
 
 
 def struct(kind: type[Any], *, optional: bool = False) -> Callable[[str, Any], Any]:
+    """One of the structs, or `None`."""
+
     def check(name: str, value: Any) -> Any:
         if isinstance(value, kind) or (optional and value is None):
             return value
@@ -71,10 +73,12 @@ def struct(kind: type[Any], *, optional: bool = False) -> Callable[[str, Any], A
 
 
 def one_of(kind: type[Any]) -> Callable[[str, Any], Any]:
+    """A member of an enumeration, its number or its name."""
     return functools.partial(member, kind)
 
 
 def edge(name: str, value: Any) -> MPSImageEdgeMode:
+    """An edge mode that has a meaning here."""
     mode = member(MPSImageEdgeMode, name, value)
     if mode not in (MPSImageEdgeMode.ZERO, MPSImageEdgeMode.CLAMP):
         raise ValueError(
@@ -84,15 +88,18 @@ def edge(name: str, value: Any) -> MPSImageEdgeMode:
 
 
 def policy(name: str, value: Any) -> MPSNNPaddingMethod:
+    """A padding policy that has a meaning here."""
     return policies.check(name, member(MPSNNPaddingMethod, name, value))
 
 
 def anything(name: str, value: Any) -> Any:
+    """What needs no check, or has another."""
     del name
     return value
 
 
 def a_device(name: str, value: Any) -> Any:
+    """A device of JAX, or `None`."""
     if value is not None and not isinstance(value, jax.Device):
         raise TypeError(f"{name} must be None or a jax.Device, got {value!r}")
     return value
@@ -114,11 +121,11 @@ def _refuse(self: Any, name: str, value: Any = None) -> None:
 def kernel_class(cls: K) -> K:
     """Makes a class of kernels: initialiser, immutability, and its place as a node of JAX's pytrees."""
     made = dataclasses.dataclass(frozen=True, kw_only=True, eq=False, repr=False)(cls)
-    made.__setattr__ = made.__delattr__ = _refuse  # type: ignore[method-assign, assignment]
+    made.__setattr__ = made.__delattr__ = _refuse  # type: ignore[method-assign]
     jax.tree_util.register_pytree_node(
         made, lambda kernel: kernel._flatten(), lambda static, leaves: static._with_leaves(leaves)
     )
-    return made
+    return made  # type: ignore[return-value]
 
 
 @kernel_class
@@ -188,7 +195,7 @@ class MPSKernel:
     def __eq__(self, other: object) -> bool:
         if self is other:
             return True
-        if type(self) is not type(other) or self._key != other._key:  # type: ignore[attr-defined]
+        if type(self) is not type(other) or self._key != other._key:
             return False
         return all(_equal(getattr(self, name), getattr(other, name)) for name in self._leaves)
 
@@ -246,6 +253,7 @@ class Target(NamedTuple):
 
     @property
     def whole(self) -> bool:
+        """Whether the block is all of the array."""
         return self.block == self.shape
 
 
@@ -258,11 +266,13 @@ class Block(NamedTuple):
 
     @classmethod
     def of(cls, shape: Shape, ranges: Sequence[tuple[int, int]]) -> Block:
+        """The block of those ranges, where one image has no use for the first of four."""
         ranges = ranges[4 - len(shape) :]
         starts, limits = (tuple(r[i] for r in ranges) for i in range(2))
         return cls(starts, limits, limits == shape and not any(starts))
 
     def read(self, x: Array) -> Array:
+        """The block of an array."""
         return x if self.whole else lax.slice(x, self.starts, self.limits)
 
 
@@ -303,6 +313,7 @@ def channels(name: str, available: int, first: int, most: int | None) -> int:
 
 
 def check_room(first: int, written: int, shape: Shape, name: str) -> None:
+    """Whether a destination has the channels to be written."""
     if first + written > shape[-1]:
         raise ValueError(
             f"destination_feature_channel_offset={first} leaves room for {shape[-1] - first} channels in "
@@ -311,6 +322,7 @@ def check_room(first: int, written: int, shape: Shape, name: str) -> None:
 
 
 def check_destination(name: str, destination: Array, other: str, x: Array) -> None:
+    """Whether two images go together: both of one dtype, both one image or both several."""
     windowed.check_same_dtype(name, destination, other, x)
     if destination.ndim != x.ndim:
         raise ValueError(
@@ -327,6 +339,7 @@ class Span(NamedTuple):
 
     @property
     def extent(self) -> int:
+        """Pixels from the first to the last tap, both included."""
         return (self.kernel - 1) * self.dilation + 1
 
 
@@ -497,6 +510,7 @@ def aligned(*batches: Images | None) -> list[tuple[Any, ...]]:
 
 @functools.lru_cache(maxsize=4096)
 def forward_plan(kernel: MPSCNNKernel, shape: Shape, destination: Shape | None) -> ForwardPlan:
+    """Places the windows of a call: without a destination, as the padding policy says."""
     lowering.check_implementation(kernel.implementation, static=True)
     images, height, width, available = four(shape)
     z, spans = kernel.offset.z, kernel._spans()

@@ -53,6 +53,7 @@ CLAMP = MPSImageEdgeMode.CLAMP
 
 
 def max_edge(window: Window, mode: MPSImageEdgeMode) -> Edge:
+    """For maxima, what "zero" and "clamp" come to."""
     if not window.overlaps_padding():
         return "exclude"
     if mode != CLAMP:
@@ -63,6 +64,7 @@ def max_edge(window: Window, mode: MPSImageEdgeMode) -> Edge:
 
 
 def l2_edge(window: Window, mode: MPSImageEdgeMode) -> Edge:
+    """For norms, to which zeros add nothing."""
     if not window.overlaps_padding():
         return "exclude"
     if mode == CLAMP:
@@ -155,8 +157,8 @@ class MPSCNNDilatedPoolingMax(MPSCNNPoolingMax):
     """The maximum of every window whose taps lie apart.
 
     As `MPSCNNPoolingMax`, with `dilation_rate` pixels from one tap to the next; what is centred is the window
-    with its gaps. With CLAMP a tap outside reads the nearest pixel even where no tap of the window lies on it,
-    which padding with -inf would not.
+    with its gaps. With CLAMP a tap outside reads the nearest pixel even where no tap of the window lies on
+    it, which padding with -inf would not.
 
     Args:
       kernel_width: taps of a window along x.
@@ -231,8 +233,8 @@ class MPSCNNPoolingAverage(MPSCNNPooling):
 class MPSCNNPoolingL2Norm(MPSCNNPooling):
     """The Euclidean norm of every window, not divided by the number of taps.
 
-    Windows lie as in `MPSCNNPoolingMax`. Taps outside the image add nothing (`edge_mode` ZERO), or the square of
-    the nearest pixel each (CLAMP).
+    Windows lie as in `MPSCNNPoolingMax`. Taps outside the image add nothing (`edge_mode` ZERO), or the
+    square of the nearest pixel each (CLAMP).
 
     Args:
       kernel_width: columns of a window.
@@ -266,14 +268,15 @@ class MPSCNNPoolingL2Norm(MPSCNNPooling):
 class MPSCNNPoolingGradient(MPSCNNGradientKernel):
     """The base of the gradients of the pooling kernels; of no use by itself.
 
-    The primary image is the incoming gradient G, the secondary the image X that was pooled, and the edge mode of
-    the forward kernel is `secondary_edge_mode`. The pixels of G from `primary_offset` on, `source_size` of them,
-    count; the one at `primary_offset` belongs to the window centred at `secondary_offset`. The origin of the clip
-    rectangle receives the derivative of the first pixel of X that the first window covers,
-    `max(0, secondary_offset - extent // 2)`; pixels of the rectangle that get no gradient are set to 0.
+    The primary image is the incoming gradient G, the secondary the image X that was pooled, and the edge
+    mode of the forward kernel is `secondary_edge_mode`. The pixels of G from `primary_offset` on,
+    `source_size` of them, count; the one at `primary_offset` belongs to the window centred at
+    `secondary_offset`. The origin of the clip rectangle receives the derivative of the first pixel of X that
+    the first window covers, `max(0, secondary_offset - extent // 2)`; pixels of the rectangle that get no
+    gradient are set to 0.
 
-    Given a state and no destination, `encode` takes all of this from the forward call, and the result is aligned
-    with X.
+    Given a state and no destination, `encode` takes all of this from the forward call, and the result is
+    aligned with X.
 
     Args:
       kernel_width: columns of a window.
@@ -424,6 +427,7 @@ def stated(
 
 @functools.lru_cache(maxsize=4096)
 def gradient_plan(kernel: MPSCNNPoolingGradient, g: Shape, x: Shape, destination: Shape) -> GradientPlan:
+    """Places the windows of a call on the source, and the derivative in the destination."""
     lowering.check_implementation(kernel.implementation, static=True)
     drop = 4 - len(x)
     g, x, result = four(g), four(x), four(destination)
@@ -465,7 +469,8 @@ def gradient_plan(kernel: MPSCNNPoolingGradient, g: Shape, x: Shape, destination
     ):
         first = max(p, 0)
         last = max(first, n if bound is None else min(n, p + bound))
-        axes.append(Axis.from_offset(length, *span, s, 0).select(first - p, last - first))
+        axis = Axis.from_offset(length, span.kernel, span.stride, span.dilation, s, 0)
+        axes.append(axis.select(first - p, last - first))
         ranges.append((first, last))
         begins.append(max(0, s - span.extent // 2))
 
@@ -498,8 +503,8 @@ class MPSCNNPoolingMaxGradient(MPSCNNPoolingGradient):
     """The gradient of `MPSCNNPoolingMax`: each window's gradient goes to its maximum.
 
     To the first maximum in row-major order, or the first NaN. The zeros outside take part with
-    `secondary_edge_mode` ZERO: where one is the first maximum, the window's gradient vanishes. A repeated pixel
-    (CLAMP) passes its gradient on to the pixel that it repeats.
+    `secondary_edge_mode` ZERO: where one is the first maximum, the window's gradient vanishes. A repeated
+    pixel (CLAMP) passes its gradient on to the pixel that it repeats.
 
     Args:
       kernel_width: columns of a window.
@@ -560,8 +565,8 @@ class MPSCNNDilatedPoolingMaxGradient(MPSCNNPoolingMaxGradient):
 class MPSCNNPoolingAverageGradient(MPSCNNPoolingGradient):
     """The gradient of `MPSCNNPoolingAverage`: each window's gradient, divided, goes to all its pixels.
 
-    It is divided by what the forward kernel divides by; a window with nothing to count has no gradient. Of the
-    source image only the shape matters.
+    It is divided by what the forward kernel divides by; a window with nothing to count has no gradient. Of
+    the source image only the shape matters.
 
     Args:
       kernel_width: columns of a window.
@@ -606,8 +611,8 @@ class MPSCNNPoolingAverageGradient(MPSCNNPoolingGradient):
 class MPSCNNPoolingL2NormGradient(MPSCNNPoolingGradient):
     """The gradient of `MPSCNNPoolingL2Norm`: each pixel gets its share, pixel over norm, of each gradient.
 
-    The norms are found again from the source image; a norm of 0 has no gradient. With `secondary_edge_mode` CLAMP
-    a pixel counts as often as a window reads it.
+    The norms are found again from the source image; a norm of 0 has no gradient. With `secondary_edge_mode`
+    CLAMP a pixel counts as often as a window reads it.
 
     Args:
       kernel_width: columns of a window.

@@ -13,9 +13,9 @@ from jax_mps.mps.structs import MPSCNNConvolutionWeightsLayout, MPSOffset
 
 if TYPE_CHECKING:
     from jax_mps.mps.convolution import MPSCNNConvolutionDescriptor
-    from jax_mps.mps.kernel import MPSCNNKernel
 
 Shape = tuple[int, ...]
+ORIGIN = MPSOffset()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,7 @@ class MPSNNGradientState:
       destination_shape: shape of the destination.
     """
 
-    kernel: MPSCNNKernel
+    kernel: Any
     source_shape: Shape
     destination_shape: Shape
 
@@ -61,7 +61,7 @@ class MPSCNNConvolutionGradientState:
 
     source_width: int
     source_height: int
-    offset: MPSOffset = MPSOffset()
+    offset: MPSOffset = ORIGIN
     gradient_for_weights: Any = None
     gradient_for_biases: Any = None
     convolution: Any = None
@@ -79,7 +79,8 @@ class MPSCNNConvolutionTransposeGradientState(MPSNNGradientState):
         float64 images); `None` before the gradient kernel, or where it was not asked for.
       gradient_for_biases: float32 `[out]`, likewise.
       convolution_transpose: the forward kernel.
-      convolution: what the `MPSCNNConvolutionGradientState` given to the forward kernel had, if one was given.
+      convolution: what the `MPSCNNConvolutionGradientState` given to the forward kernel had, if one was
+        given.
     """
 
     convolution_transpose: Any = None
