@@ -239,8 +239,12 @@ def conv_transpose_forward(params, source, weights, bias):
         read = values(image[oz + b], window(kernel, (i + ty, j + tx), image.shape[1:3], "zero"))
         for o in range(outputs):
             g = o // group_outputs
-            x = (weights[o].reshape(-1, group_inputs) * read[:, g * group_inputs : (g + 1) * group_inputs]).sum()
-            result[z0 + b, y0 + i, x0 + j, o] = neuron(params["neuron"], x + (0 if bias is None else bias[o]), o)
+            x = (
+                weights[o].reshape(-1, group_inputs) * read[:, g * group_inputs : (g + 1) * group_inputs]
+            ).sum()
+            result[z0 + b, y0 + i, x0 + j, o] = neuron(
+                params["neuron"], x + (0 if bias is None else bias[o]), o
+            )
     return {"destination": result}
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax import lax
 from jax.typing import ArrayLike
 
 from jax_mps import geometry, lowering, windowed
@@ -168,8 +169,9 @@ def pool(
     """`avg_pool` over the given windows, which may lie anywhere, with the given divisor."""
     if any(geometry.surely_below(axis.lo, 0) for axis in window.axes):
         image, inside = windowed.enclose(x, window, start, "zero")
+        image = lax.convert_element_type(image, lowering.accumulator(x.dtype))  # sums are rounded once
         total = pool(image, inside, start, Divisor(1, ()), implementation=implementation)
-        return _divide(total, window, start, divisor)
+        return lax.convert_element_type(_divide(total, window, start, divisor), x.dtype)
     return avg_pool_p.bind(x, window=window, start=start, divisor=divisor, implementation=implementation)
 
 
@@ -179,11 +181,13 @@ def gradient(
     """`avg_pool_gradient` over the given windows, which may lie anywhere, with the given divisor."""
     if any(geometry.surely_below(axis.lo, 0) for axis in window.axes):
         shape = (*g.shape[:start], *window.sizes, *g.shape[start + window.rank :])
-        like = jax.ShapeDtypeStruct(shape, g.dtype)
+        accumulator = lowering.accumulator(g.dtype)
         transpose = jax.linear_transpose(
-            lambda x: pool(x, window, start, divisor, implementation=implementation), like
+            lambda x: pool(x, window, start, divisor, implementation=implementation),
+            jax.ShapeDtypeStruct(shape, accumulator),
         )
-        return transpose(g)[0]
+        (dx,) = transpose(lax.convert_element_type(g, accumulator))
+        return lax.convert_element_type(dx, g.dtype)
     return avg_spread_p.bind(g, window=window, start=start, divisor=divisor, implementation=implementation)
 
 

@@ -130,6 +130,15 @@ class Axis:
         taps = self.stride * np.arange(self.out)[:, None] - self.lo + self.dilation * np.arange(self.kernel)
         return np.count_nonzero((taps >= -lo) & (taps < self.size + hi), axis=1)
 
+    def pixels_read(self, edge: Edge) -> np.ndarray:
+        """For every pixel of the image, whether a tap of some window reads it."""
+        taps = self.stride * np.arange(self.out)[:, None] - self.lo + self.dilation * np.arange(self.kernel)
+        if edge == "clamp":
+            taps = np.clip(taps, 0, self.size - 1)
+        read = np.zeros(self.size, bool)
+        read[taps[(taps >= 0) & (taps < self.size)]] = True
+        return read
+
     def is_static(self) -> bool:
         return all(isinstance(d, int) for d in (self.size, self.lo, self.out))
 

@@ -172,9 +172,11 @@ def gradient(
     image, inside = windowed.enclose(x, window, start, edge)
     params = {"window": inside, "start": start, "implementation": implementation}
     accumulator = lowering.accumulator(x.dtype)
+    if edge == "clamp":
+        image = lax.convert_element_type(image, accumulator)  # repeated pixels are added up, then rounded
     y = l2_pool_p.bind(image, out_dtype=accumulator, **params)
     dx = _gradient(lax.convert_element_type(g, accumulator), image, y, **params)
-    return windowed.expose(dx, x, window, start, edge)
+    return lax.convert_element_type(windowed.expose(dx, x, window, start, edge), x.dtype)
 
 
 def _edge(window: Window, edge: Edge) -> Edge:

@@ -315,8 +315,9 @@ def gradient(
     """
     image, inside = windowed.enclose(x, window, start, edge)
     params = {"window": inside, "start": start, "implementation": implementation}
-    dx = _put(g, max_pool_index_p.bind(image, **params), **params)
-    return windowed.expose(dx, x, window, start, edge)
+    wide = lowering.accumulator(g.dtype) if edge == "clamp" else g.dtype  # repeated pixels are added up
+    dx = _put(lax.convert_element_type(g, wide), max_pool_index_p.bind(image, **params), **params)
+    return lax.convert_element_type(windowed.expose(dx, x, window, start, edge), g.dtype)
 
 
 # --- primitives ---------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ Examples:
          [0., 1., 0., 1.]], dtype=float32)
 """
 
+from jax_mps.mps.coding import CodingError, from_bytes, to_bytes
 from jax_mps.mps.conv_transpose import MPSCNNConvolutionTranspose, MPSCNNConvolutionTransposeGradient
 from jax_mps.mps.convolution import (
     BatchNormalization,
@@ -29,6 +30,7 @@ from jax_mps.mps.convolution import (
     MPSCNNConvolutionDataSource,
     MPSCNNConvolutionDescriptor,
 )
+from jax_mps.mps.draw import draw_windows
 from jax_mps.mps.kernel import MPSCNNBinaryKernel, MPSCNNGradientKernel, MPSCNNKernel, MPSKernel
 from jax_mps.mps.neuron import MPSNNNeuronDescriptor
 from jax_mps.mps.pooling import (
@@ -67,6 +69,7 @@ from jax_mps.mps.structs import (
 
 __all__ = [
     "BatchNormalization",
+    "CodingError",
     "ConvolutionDataSource",
     "MPSCNNBinaryKernel",
     "MPSCNNConvolutionDataSource",
@@ -104,4 +107,7 @@ __all__ = [
     "MTLOrigin",
     "MTLRegion",
     "MTLSize",
+    "draw_windows",
+    "from_bytes",
+    "to_bytes",
 ]

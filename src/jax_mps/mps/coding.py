@@ -6,9 +6,9 @@ of a convolution:
     {"class": "MPSCNNPoolingMax", "format": "jax_mps.mps", "settings": {...}, "sha256": "...", "version": 1}
 
 Nothing that is read is ever executed. Sizes are compared with what is there before anything is made of them,
-so reading takes memory in proportion to the bytes. Every setting passes through the initialiser of its class;
-and what came out must give the very document that went in, tensors included, so nothing is ignored, rounded or
-put right. The digest is for damage, not for forgery: who can change the file can change the digest.
+so reading takes memory in proportion to the bytes. Every setting passes through the initialiser of its
+class; and what came out must give the very document that went in, tensors included, so nothing is ignored,
+rounded or put right. The digest is for damage, not for forgery: who can change the file can change the digest.
 """
 
 from __future__ import annotations
@@ -23,13 +23,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_mps.mps.convolution import (
+    BatchNormalization,
+    ConvolutionDataSource,
+    MPSCNNConvolutionDescriptor,
+)
 from jax_mps.mps.neuron import MPSNNNeuronDescriptor
 from jax_mps.mps.structs import MPSOffset, MTLOrigin, MTLRegion, MTLSize
 
 if TYPE_CHECKING:
     from jax_mps.mps.kernel import MPSKernel
 
-__all__ = ["CodingError", "Coded", "from_bytes", "to_bytes"]
+__all__ = ["Coded", "CodingError", "from_bytes", "to_bytes"]
 
 KEY, FORMAT, VERSION = "jax_mps.mps", "jax_mps.mps", 1
 
@@ -37,12 +42,23 @@ MOST_BYTES = 2**30
 """A longer file is refused unless the caller says otherwise."""
 
 MOST_HEADER = 2**18
-"""Bytes of names, shapes and settings; a kernel needs some hundred, and a little for each slope of a PReLU."""
+"""Bytes of names, shapes and settings; a kernel needs some hundred, and 20 for each slope of a PReLU."""
 
 LARGEST = 2**31 - 1
 """No integer of a kernel is larger, with either sign."""
 
-STRUCTS = {t.__name__: t for t in (MPSOffset, MTLOrigin, MTLSize, MTLRegion, MPSNNNeuronDescriptor)}
+STRUCTS: dict[str, Any] = {
+    kind.__name__: kind
+    for kind in (
+        MPSOffset,
+        MTLOrigin,
+        MTLSize,
+        MTLRegion,
+        MPSNNNeuronDescriptor,
+        BatchNormalization,
+        MPSCNNConvolutionDescriptor,
+    )
+}
 DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 
 
@@ -52,9 +68,9 @@ class CodingError(ValueError):
 
 def to_bytes(kernel: MPSKernel) -> bytes:
     """See `Coded.to_bytes`."""
-    settings, tensors = kernel._coded()
-    text = _document(kernel, settings, tensors)
-    return _safetensors().numpy.save(tensors, metadata={KEY: text})
+    save = _safetensors().numpy.save
+    text, tensors = _document(kernel)
+    return save(tensors, metadata={KEY: text})
 
 
 def from_bytes(
@@ -106,12 +122,12 @@ def from_bytes(
         _fail("the digest does not fit: the data is damaged")
     try:
         settings = {key: _value(value, 0) for key, value in document["settings"].items()}
-        kernel = kind._decoded(settings, tensors, weights)
+        kernel = _kernel(kind, settings, tensors, weights)
     except CodingError:
         raise
     except (TypeError, ValueError, OverflowError) as error:
         raise CodingError(f"these are no settings of {name}: {error}") from error
-    if _document(kernel, *kernel._coded()) != text:
+    if _document(kernel)[0] != text:
         _fail("the description is not in the form that to_bytes gives it")
     return kernel if device is None else kernel.copy(device=device)
 
@@ -151,38 +167,60 @@ class Coded:
             _fail(f"this is an {type(kernel).__name__}, not an {cls.__name__}")
         return kernel
 
-    def _coded(self) -> tuple[dict[str, Any], dict[str, np.ndarray[Any, Any]]]:
-        """The settings to store, and the tensors."""
-        settings = self.settings()  # type: ignore[attr-defined]
-        del settings["device"]
-        return settings, {}
-
-    @classmethod
-    def _decoded(cls, settings: dict[str, Any], tensors: dict[str, Any], weights: Any) -> Self:
-        """The kernel of what `_coded` gave."""
-        if tensors:
-            _fail(f"{cls.__name__} has no parameters, but there are tensors")
-        if weights is not None:
-            raise CodingError(f"weights must be None for an {cls.__name__}, which has none")
-        return cls(**settings)
-
 
 # --- the document -------------------------------------------------------------------------------------
 
 
-def _document(kernel: Any, settings: dict[str, Any], tensors: dict[str, Any]) -> str:
+def _document(kernel: Any) -> tuple[str, dict[str, np.ndarray[Any, Any]]]:
+    """What describes a kernel, and its parameters."""
     from jax_mps import mps
 
     name = type(kernel).__name__
     if getattr(mps, name, None) is not type(kernel):
         raise TypeError(f"only kernels of jax_mps.mps can be stored, got an instance of {type(kernel)!r}")
+    settings, tensors = kernel.settings(), {}
+    del settings["device"]
+    if hasattr(kernel, "descriptor"):
+        settings["descriptor"] = kernel.descriptor
+    if isinstance(kernel, mps.MPSCNNConvolutionTranspose):
+        state = kernel.export_weights_and_biases()
+        if isinstance(state.weights, jax.core.Tracer):
+            raise TypeError("a kernel with traced weights cannot be stored: call to_bytes outside of jit")
+        tensors["weights"] = np.ascontiguousarray(state.weights)
+        if state.biases is not None:
+            tensors["biases"] = np.ascontiguousarray(state.biases)
     stored = {
         "class": name,
         "format": FORMAT,
         "settings": {key: _plain(key, value) for key, value in settings.items()},
         "version": VERSION,
     }
-    return _dumps(stored | {"sha256": _digest(_dumps(stored), tensors)})
+    return _dumps(stored | {"sha256": _digest(_dumps(stored), tensors)}), tensors
+
+
+def _kernel(kind: Any, settings: dict[str, Any], tensors: dict[str, Any], weights: Any) -> Any:
+    """The kernel that a document and its tensors describe."""
+    from jax_mps import mps
+
+    forward = issubclass(kind, mps.MPSCNNConvolutionTranspose)
+    gradient = issubclass(kind, mps.MPSCNNConvolutionTransposeGradient)
+    if not set(tensors) <= ({"weights", "biases"} if forward else set()):
+        _fail(f"{kind.__name__} is not stored with tensors {sorted(tensors)!r:.80}")
+    if gradient and weights is None:
+        _fail("weights must be the data source of the forward kernel: a gradient kernel is stored without")
+    if not gradient and weights is not None:
+        _fail(f"weights must be None for an {kind.__name__}")
+    if not (forward or gradient):
+        return kind(**settings)
+    descriptor = settings.pop("descriptor", None)
+    if forward:
+        if "weights" not in tensors or not isinstance(descriptor, MPSCNNConvolutionDescriptor):
+            _fail("the weights or their descriptor are missing")
+        weights = ConvolutionDataSource(descriptor, tensors["weights"], tensors.get("biases"))
+    kernel = kind(weights=weights, **settings)
+    if kernel.descriptor != descriptor:
+        _fail("weights must be a data source with the descriptor of the kernel that was stored")
+    return kernel
 
 
 def _dumps(document: Any) -> str:
@@ -285,6 +323,8 @@ def _read(data: Any, most_bytes: int) -> tuple[str, dict[str, np.ndarray[Any, An
         if not entry["data"]:
             _fail(f"{name!r:.40} is empty")  # and its shape may be anything
         dtype = jnp.dtype(DTYPES[entry["dtype"]])
+        if dtype == np.float64 and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
+            _fail(f"{name!r:.40} is of type float64, for which jax_enable_x64 must be set")
         tensors[name] = np.frombuffer(entry["data"], dtype).reshape(entry["shape"])
     return metadata[KEY], tensors
 

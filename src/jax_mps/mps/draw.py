@@ -8,6 +8,10 @@ import html
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import jax
+import numpy as np
+
+from jax_mps import geometry
 from jax_mps.geometry import Axis
 from jax_mps.mps import picture
 from jax_mps.mps.picture import Line, Picture
@@ -17,6 +21,8 @@ if TYPE_CHECKING:
     from jax_mps.mps.kernel import MPSKernel
 
 __all__ = ["Shown", "draw_windows"]
+
+Plane = tuple[int, int]
 
 
 def draw_windows(
@@ -31,8 +37,8 @@ def draw_windows(
     It shows the pixels that some window reads and those that none does, what lies around the image (zeros,
     repeated pixels, the band of zeros that an average counts), the taps of the first window, and the
     destination with its clip rectangle. Of a transposed convolution it shows the source with the zeros
-    between its pixels, of a gradient kernel the windows of its forward kernel and which pixels of the incoming
-    gradient count.
+    between its pixels, of a gradient kernel the windows of its forward kernel and which pixels of the
+    incoming gradient count.
 
     Args:
       kernel: any kernel.
@@ -55,7 +61,7 @@ def draw_windows(
       '<svg'
     """
     size = _plane("source_shape", source_shape)
-    forward = hasattr(kernel, "offset")
+    forward = not hasattr(kernel, "primary_offset")
     if forward and source_gradient_shape is not None:
         raise ValueError("source_gradient_shape must be None for a forward kernel")
     if not forward and (source_gradient_shape is None or destination_shape is not None):
@@ -94,8 +100,113 @@ class Shown:
 # --- the windows of a kernel --------------------------------------------------------------------------
 
 
-def _forward(kernel: Any, source: Plane, destination: Plane | None) -> tuple[Line, Line]:
-    """The axes of a forward kernel, from the plan that `encode` follows."""
-    from jax_mps.mps.kernel import forward_plan
+def _plane(name: str, shape: Sequence[int]) -> Plane:
+    """Height and width."""
+    sizes = tuple(geometry.integer(name, n) for n in shape)
+    if len(sizes) not in (2, 3, 4) or min(sizes) < 0:
+        raise ValueError(f"{name} must be (height, width) or the shape of an image or images, got {sizes}")
+    height, width = sizes if len(sizes) == 2 else sizes[-3:-1]
+    return height, width
 
-    ...
+
+def _forward(kernel: Any, source: Plane, destination: Plane | None) -> tuple[Line, Line]:
+    """The axes (y, x) of a forward kernel, in the integers that `encode` computes with."""
+    from jax_mps.mps.kernel import clipped
+
+    spans = kernel._spans()
+    if destination is None:
+        height, width = (
+            kernel._policy(name, n, span)[0] for name, n, span in zip("yx", source, spans, strict=True)
+        )
+        destination = height, width
+        kernel = kernel.placed(jax.ShapeDtypeStruct((*source, 1), np.float32))
+    origin, size = clipped(kernel.clip_rect, (1, *destination, 1))
+
+    def line(i: int) -> Line:
+        axis, step = kernel._axis(i, source[i], size[1 + i]), 1
+        if kernel.is_backwards:
+            axis, step = _expanded(axis, source[i], spans[i]), spans[i].stride
+        return Line(axis, destination[i], origin[1 + i], step, _band(kernel, i))
+
+    return line(0), line(1)
+
+
+def _gradient(kernel: Any, source: Plane, gradient: Plane) -> tuple[Line, Line]:
+    """The axes (y, x) of a gradient kernel: its forward kernel's windows, of the pixels that count."""
+    from jax_mps.mps.conv_transpose import transposed_axis
+
+    spans = kernel._spans()
+
+    def line(i: int) -> Line:
+        if hasattr(kernel, "descriptor"):
+            axis = transposed_axis(kernel, kernel.offset, i, source[i], gradient[i])
+            return Line(_expanded(axis, source[i], spans[i]), gradient[i], 0, spans[i].stride)
+        name, bound = "yx"[i], (kernel.source_size.height, kernel.source_size.width)[i]
+        begin = getattr(kernel.primary_offset, name)
+        first = max(begin, 0)
+        last = max(first, gradient[i] if bound is None else min(gradient[i], begin + bound))
+        axis = Axis.from_offset(source[i], *spans[i], getattr(kernel.secondary_offset, name), 0)
+        return Line(axis.select(first - begin, last - first), gradient[i], first, 1, _band(kernel, i))
+
+    return line(0), line(1)
+
+
+def _expanded(axis: Axis, length: int, span: Any) -> Axis:
+    """The windows of a transposed convolution on its source with zeros between the pixels."""
+    size = max(0, (length - 1) * span.stride + 1)
+    return Axis.from_offset(size, span.kernel, 1, span.dilation, axis.total_offset, axis.size)
+
+
+def _edge(kernel: Any) -> str:
+    mode = kernel.edge_mode if hasattr(kernel, "edge_mode") else kernel.secondary_edge_mode
+    if mode != MPSImageEdgeMode.CLAMP:
+        return "zero"
+    return "shrink" if hasattr(kernel, "zero_pad_size_x") else "clamp"
+
+
+def _band(kernel: Any, i: int) -> int:
+    """Zeros around the image that the divisor of an average counts."""
+    return (kernel.zero_pad_size_y, kernel.zero_pad_size_x)[i] if _edge(kernel) == "shrink" else 0
+
+
+# --- words --------------------------------------------------------------------------------------------
+
+
+def _title(kernel: Any) -> str:
+    """The class and the windows of a kernel."""
+    y, x = kernel._spans()
+    text = f"{type(kernel).__name__} {y.kernel} \u00d7 {x.kernel}"
+    if (y.stride, x.stride) != (1, 1):
+        text += f", stride {y.stride} \u00d7 {x.stride}"
+    if (y.dilation, x.dilation) != (1, 1):
+        text += f", dilation {y.dilation} \u00d7 {x.dilation}"
+    return text
+
+
+def _changed(kernel: Any) -> list[tuple[str, Any]]:
+    """The members that have not their default value, and the descriptor of a convolution."""
+    defaults = {f.name: f.default for f in dataclasses.fields(kernel)}
+    members = [(name, v) for name, v in kernel.settings().items() if v != defaults[name]]
+    if hasattr(kernel, "descriptor"):
+        members.append(("descriptor", kernel.descriptor))
+    return members
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, enum.Enum):
+        return value.name or repr(value)
+    return repr(value)
+
+
+def _sketch(kernel: Any) -> Picture:
+    """The first windows of a kernel, three along each axis, on an image that they just fill."""
+    spans = kernel._spans()
+    if kernel.is_backwards:
+        source, other = (3, 3), (2 * spans[0].stride + 1, 2 * spans[1].stride + 1)
+    else:
+        source, other = tuple(2 * s.stride + s.extent for s in spans), (3, 3)  # type: ignore[assignment]
+    if hasattr(kernel, "offset") and not hasattr(kernel, "primary_offset"):
+        return draw_windows(kernel, source, other)
+    if not hasattr(kernel, "descriptor"):
+        source, other = tuple(2 * s.stride + s.extent for s in spans), (3, 3)  # type: ignore[assignment]
+    return draw_windows(kernel, source, source_gradient_shape=other)

@@ -20,6 +20,8 @@ from jax.typing import ArrayLike
 from jax_mps import geometry, lowering, windowed
 from jax_mps.geometry import Axis, Window
 from jax_mps.mps import padding as policies
+from jax_mps.mps.coding import Coded
+from jax_mps.mps.draw import Shown
 from jax_mps.mps.states import MPSNNGradientState
 from jax_mps.mps.structs import (
     MPSImageEdgeMode,
@@ -129,7 +131,7 @@ def kernel_class(cls: K) -> K:
 
 
 @kernel_class
-class MPSKernel:
+class MPSKernel(Coded, Shown):
     """The base of every kernel. Kernels do not change; `copy` makes changed ones.
 
     Kernels hash and are equal by value, so they may be static arguments of `jax.jit`, parts of its other

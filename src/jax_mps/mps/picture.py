@@ -127,9 +127,7 @@ def draw(title: str, image: str, result: str, rest: str, rows: Line, columns: Li
     legend, height = _legend(rows, columns, kinds, rest, bottom, width)
     parts = [
         _text(MARGIN, MARGIN + 12, title, size=15, weight=600),
-        _text(
-            left, MARGIN + 38, image
-        ),
+        _text(left, MARGIN + 38, image),
         _text(right, MARGIN + 38, result),
         *pixels,
         *_windows(rows, columns, left, top),
@@ -252,7 +250,9 @@ def _destination(rows: Line, columns: Line, left: int, top: int) -> Iterator[str
     yield from _numbers(range(height), left - 6, top + CELL / 2 + 3, across=False)
 
 
-def _legend(rows: Line, columns: Line, kinds: list[str], rest: str, y: int, width: int) -> tuple[list[str], int]:
+def _legend(
+    rows: Line, columns: Line, kinds: list[str], rest: str, y: int, width: int
+) -> tuple[list[str], int]:
     """What the colours mean, in as many lines as it takes, and where they end."""
     entries = [
         (f"fill='{KINDS[kind][0]}' stroke='{LINE}'", KINDS[kind][1], kind == "unread") for kind in kinds
@@ -261,9 +261,7 @@ def _legend(rows: Line, columns: Line, kinds: list[str], rest: str, y: int, widt
         first = f"fill='{COLOURS[0]}' fill-opacity='.22' stroke='{COLOURS[0]}' stroke-width='2'"
         entries.append((first, "first window, its taps and its centre", False))
     if rows.axis.out < rows.pixels or columns.axis.out < columns.pixels:
-        entries.append(
-            (f"fill='{KINDS['unread'][0]}' stroke='{LINE}'", rest, True)
-        )
+        entries.append((f"fill='{KINDS['unread'][0]}' stroke='{LINE}'", rest, True))
     parts, x = [], MARGIN
     for style, meaning, hatched in entries:
         needed = 24 + round(6.3 * len(meaning)) + 14

@@ -6,6 +6,7 @@ import functools
 from typing import Any, ClassVar, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
@@ -640,4 +641,10 @@ class MPSCNNPoolingL2NormGradient(MPSCNNPoolingGradient):
         return l2_edge(window, self.secondary_edge_mode)
 
     def _run(self, g: Array, x: Array, plan: GradientPlan) -> Array:
-        return l2_gradient(g, x, plan.window, plan.start, edge=plan.how, implementation=self.implementation)
+        dx = l2_gradient(g, x, plan.window, plan.start, edge=plan.how, implementation=self.implementation)
+        rows, columns = (axis.pixels_read(plan.how) for axis in plan.window.axes)
+        if rows.all() and columns.all():
+            return dx
+        # Pixel times nothing: of an infinite pixel that no window reads this is not 0 by itself.
+        read = (rows[:, None] & columns)[..., None]
+        return jnp.where(read if x.ndim == 3 else read[None], dx, jnp.zeros((), dx.dtype))
