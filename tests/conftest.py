@@ -14,7 +14,7 @@ from jax_mps.lowering import ffi
 
 # `--import-mode=importlib` leaves this folder off the path, and tests share `oracle.py`.
 sys.path.insert(0, str(Path(__file__).parent))
-pytest.register_assert_rewrite("oracle")
+pytest.register_assert_rewrite("oracle", "flax_arrays")
 
 
 @pytest.fixture

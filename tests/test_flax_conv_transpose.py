@@ -11,9 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 
-import jax_mps
+from flax_arrays import close, needs_nnx_lists, numbers
 from jax_mps.flax import linen, nnx
 
 
@@ -80,20 +79,6 @@ def image(case: Case) -> jax.Array:
     return jnp.asarray(np.random.default_rng(0).integers(-4, 5, case.shape), case.input_dtype)
 
 
-def close(actual: Any, expected: Any, tolerance: float) -> None:
-    """The same trees, types and, to a tolerance of the greatest value, numbers."""
-    assert jax.tree.structure(actual) == jax.tree.structure(expected)
-    for ours, theirs in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
-        ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
-        np.testing.assert_allclose(ours, theirs, rtol=0, atol=tolerance * max(1, np.abs(theirs).max()))
-
-
-def numbers(key: Any, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    """An initialiser; those of JAX take seconds to compile for every shape."""
-    return jnp.asarray(np.random.default_rng(sum(shape)).standard_normal(shape), dtype)
-
-
 PLAIN = {"kernel_init": numbers, "bias_init": numbers}
 
 # NNX shares the computation; its own are the parameters and what promotes them.
@@ -104,7 +89,7 @@ NNX_CASES = [
     "int and pair",
     "circular, even and ordinary",
     "dilation",
-    "mask",
+    pytest.param("mask", marks=needs_nnx_lists),
     "precision",
     "bfloat16",
     "bfloat16 parameters",
@@ -196,37 +181,6 @@ def test_promotion_may_be_replaced() -> None:
 
 
 # --- beyond Flax --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("window", "transpose_kernel", "options"),
-    [
-        ((3, 3), False, {"stride": 2, "padding": 1, "output_padding": 1}),
-        ((4, 2), True, {"stride": (2, 3), "padding": (1, 0), "output_padding": (0, 2), "groups": 2}),
-        ((3,), False, {"stride": 2, "padding": 2, "dilation": 3, "output_padding": 2, "groups": 4}),
-        ((2, 2, 2), True, {"stride": 2}),
-    ],
-)
-def test_as_torch(window: tuple[int, ...], transpose_kernel: bool, options: dict[str, Any]) -> None:
-    groups = options.get("groups", 1)
-    layer = getattr(torch.nn, f"ConvTranspose{len(window)}d")(4, 8, window, **options)
-    x = np.random.default_rng(0).standard_normal((2, 4, *(5, 4, 3)[: len(window)]), np.float32)
-    expected = np.moveaxis(layer(torch.tensor(x)).detach().numpy(), 1, -1)
-    names = {"stride": "strides", "dilation": "kernel_dilation"}
-    ours: dict[str, Any] = {"padding": 0} | {names.get(k, k): v for k, v in options.items()}
-    ours |= {"padding_convention": "torch", "transpose_kernel": transpose_kernel}
-    weight, bias = layer.weight.detach().numpy(), layer.bias.detach().numpy()
-
-    def results(x: jax.Array) -> Any:
-        kernel = jax_mps.kernel_from_torch(weight, groups, transpose_kernel=transpose_kernel)
-        arrays = {"kernel": kernel, "bias": jnp.asarray(bias)}
-        nnx_layer = nnx.ConvTranspose(4, 8, window, **ours, **PLAIN, rngs=nnx.Rngs(0))
-        assert nnx_layer.kernel.shape == kernel.shape
-        nnx.update(nnx_layer, arrays)
-        return linen.ConvTranspose(8, window, **ours).apply({"params": arrays}, x), nnx_layer(x)
-
-    for y in jax.jit(results)(jnp.asarray(np.moveaxis(x, 1, -1))):
-        close(y, expected, 1e-6)
 
 
 def test_output_padding_with_the_paddings_of_flax() -> None:
