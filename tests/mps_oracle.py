@@ -1,7 +1,7 @@
 """The meaning of the MPS CNN kernels as loops, one statement for one sentence of their documentation.
 
-Slow, in float64, and on purpose ignorant of the library: nothing here is imported from it, and no formula is
-shared with it. `run` takes a case in the schema of golden.json (see `Case` below) and gives its outputs.
+Slow, in float64, and on purpose ignorant of the library: nothing here is imported from it, and no formula
+is shared with it. `run` takes a case in the schema of golden.json (see `Case` below) and gives its outputs.
 Images are `[N, H, W, C]`, weights `[Cout, kH, kW, Cin / groups]`. Everything happens one axis at a time, in the
 order z (images), y, x; two-element lists of a case are `[y, x]`, its structs name their fields.
 """

@@ -30,7 +30,7 @@ def offset(rng, low, high, z=0):
 
 
 @pytest.mark.parametrize("cls", POOLS)
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_pooling(cls, seed):
     rng = np.random.default_rng([seed, list(POOLS).index(cls)])
     members = window(rng, cls)
@@ -167,7 +167,7 @@ def test_vmap_and_second_derivatives():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 4, 2)), jnp.float32)
     together = kernel.encode(x)
     np.testing.assert_allclose(jax.vmap(kernel.encode)(x), together, rtol=1e-6)
-    hessian = jax.hessian(lambda x: kernel.encode(x).sum())(x[0, :2, :2, :1])
+    hessian = jax.jit(jax.hessian(lambda x: kernel.encode(x).sum()))(x[0, :2, :2, :1])
     assert np.isfinite(hessian).all()
     assert np.abs(hessian).max() > 0
     # Several kernels at once: their weights are mapped over.

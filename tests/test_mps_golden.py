@@ -9,7 +9,6 @@ import jax
 import numpy as np
 import pytest
 
-import convs
 import mps_cases
 from jax_mps import mps
 
@@ -32,18 +31,18 @@ def check(name: str, implementation: str, dtype: str = "float32") -> None:
         np.testing.assert_allclose(outputs[key], expected, rtol=rtol, atol=rtol * largest, err_msg=key)
 
 
-@convs.on_both_paths("name", CASES, lambda name: name.startswith("convt"))
-def test_classes(name, implementation):
-    check(name, implementation)
+@pytest.mark.parametrize("name", CASES)
+def test_native(name, native):
+    check(name, "native")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", [n for n in CASES if not n.startswith("convt")])
-def test_the_rest_on_stablehlo(name):
+@pytest.mark.slow  # the compiler's time
+@pytest.mark.parametrize("name", CASES)
+def test_stablehlo(name):
     check(name, "xla")
 
 
-@pytest.mark.parametrize("name", [n for n, case in CASES.items() if case["op"].startswith("pool")][::4])
+@pytest.mark.parametrize("name", [n for n, case in CASES.items() if case["op"].startswith("pool")][::12])
 def test_under_jit_and_with_64_bits(name, x64):
     """Kernels as arguments of a compiled function: of pooling everything is static."""
     case = CASES[name]

@@ -157,7 +157,7 @@ def test_kernels_are_values(cls):
     kernel, same = make(cls), make(cls)
     assert kernel == same
     assert hash(kernel) == hash(same)
-    assert kernel == copy.copy(kernel) == kernel.copy()
+    assert kernel == copy.copy(kernel) == kernel.copy() == pickle.loads(pickle.dumps(kernel))
     other = kernel.copy(destination_feature_channel_offset=1)
     assert other != kernel
     assert other.destination_feature_channel_offset == 1
@@ -274,6 +274,11 @@ ERRORS = {
         ValueError,
         "padding must be made of documented values",
         lambda: make(POOLS[0], padding="align_reserved"),
+    ),
+    "unknown bits": (
+        ValueError,
+        "padding must be made of documented",
+        lambda: make(POOLS[0], padding=1 << 8),
     ),
     "size reserved": (
         ValueError,
@@ -728,3 +733,11 @@ def test_the_package_is_imported_when_it_is_used():
     subprocess.run([sys.executable, "-c", code], check=True)
     with pytest.raises(AttributeError, match="module 'jax_mps' has no attribute 'nothing'"):
         jax_mps.nothing  # noqa: B018
+
+
+def test_export_with_any_number_of_images():
+    (n,) = jax.export.symbolic_shape("n")
+    for kernel in (make(mps.MPSCNNPoolingMax), make(mps.MPSCNNConvolutionTranspose)):
+        x = np.random.default_rng(0).normal(size=(3, 4, 5, 2)).astype(np.float32)
+        exported = jax.export.export(jax.jit(kernel.encode))(jax.ShapeDtypeStruct((n, 4, 5, 2), x.dtype))
+        np.testing.assert_allclose(exported.call(x), kernel.encode(x), rtol=1e-4, atol=1e-4)

@@ -108,8 +108,7 @@ def run(cases, dtype, implementation):
     lowered = jax.jit(program).lower(kernels, images)
     try:
         compiled = lowered.compile(compiler_options=HASTE)
-    except jax.errors.JaxRuntimeError as error:  # a version without one of the options
-        assert "option" in str(error).lower()
+    except jax.errors.JaxRuntimeError:  # a version without one of the options
         compiled = lowered.compile()
     return compiled(kernels, images)
 

@@ -8,7 +8,7 @@ of a convolution:
 Nothing that is read is ever executed. Sizes are compared with what is there before anything is made of them,
 so reading takes memory in proportion to the bytes. Every setting passes through the initialiser of its
 class; and what came out must give the very document that went in, tensors included, so nothing is ignored,
-rounded or put right. The digest is for damage, not for forgery: who can change the file can change the digest.
+rounded or put right. The digest is for damage, not for forgery: who can change the file can change it.
 """
 
 from __future__ import annotations

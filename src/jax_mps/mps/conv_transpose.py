@@ -44,6 +44,7 @@ from jax_mps.mps.kernel import (
     clipped,
     forward_plan,
     four,
+    in_effect,
     kernel_class,
     one_of,
     setting,
@@ -145,8 +146,14 @@ class _Convolution(MPSKernel):
           TypeError: there is no such member.
           ValueError: as the initialiser.
         """
-        own = Parameters(self.data_source, self.descriptor, self._kernel, self._biases)
-        return type(self)(**({"weights": own} | self.settings() | changes))
+        return type(self)(**({"weights": self._parameters()} | self.settings() | changes))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return functools.partial(type(self), weights=self._parameters(), **self.settings()), ()
+
+    def _parameters(self) -> Any:
+        """In place of a data source, what has been read from one."""
+        return Parameters(self.data_source, self.descriptor, self._kernel, self._biases)
 
     def _spans(self) -> tuple[Span, Span]:
         d = self.descriptor
@@ -415,7 +422,7 @@ class MPSCNNConvolutionTranspose(_Convolution, MPSCNNKernel):
             plan = forward_plan(self._bare(), shape, None)
         convolution = convolution_gradient_state and convolution_gradient_state.convolution
         return MPSCNNConvolutionTransposeGradientState(
-            kernel=plan.kernel,
+            kernel=in_effect(plan),
             source_shape=shape,
             destination_shape=plan.target.shape,
             convolution_transpose=self,

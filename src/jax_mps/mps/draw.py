@@ -91,10 +91,11 @@ class Shown:
             f"<td style='text-align:left'>{html.escape(_words(value))}</td></tr>"
             for name, value in _changed(kernel)
         )
-        return (
-            f"<div><b>{_title(kernel)}</b><table>{rows}</table>"
-            f"{_sketch(kernel).svg if hasattr(kernel, '_spans') else ''}</div>"
-        )
+        try:
+            title, sketch = _title(kernel), _sketch(kernel).svg
+        except (AttributeError, NotImplementedError):  # a base class, which has no windows
+            title, sketch = type(kernel).__name__, ""
+        return f"<div><b>{title}</b><table>{rows}</table>{sketch}</div>"
 
 
 # --- the windows of a kernel --------------------------------------------------------------------------
@@ -145,7 +146,9 @@ def _gradient(kernel: Any, source: Plane, gradient: Plane) -> tuple[Line, Line]:
         begin = getattr(kernel.primary_offset, name)
         first = max(begin, 0)
         last = max(first, gradient[i] if bound is None else min(gradient[i], begin + bound))
-        axis = Axis.from_offset(source[i], *spans[i], getattr(kernel.secondary_offset, name), 0)
+        kernel_size, stride, dilation = spans[i]
+        offset = getattr(kernel.secondary_offset, name)
+        axis = Axis.from_offset(source[i], kernel_size, stride, dilation, offset, 0)
         return Line(axis.select(first - begin, last - first), gradient[i], first, 1, _band(kernel, i))
 
     return line(0), line(1)
@@ -200,13 +203,11 @@ def _words(value: Any) -> str:
 
 def _sketch(kernel: Any) -> Picture:
     """The first windows of a kernel, three along each axis, on an image that they just fill."""
-    spans = kernel._spans()
-    if kernel.is_backwards:
-        source, other = (3, 3), (2 * spans[0].stride + 1, 2 * spans[1].stride + 1)
+    y, x = kernel._spans()
+    if hasattr(kernel, "descriptor"):
+        source, other = (3, 3), (2 * y.stride + 1, 2 * x.stride + 1)
     else:
-        source, other = tuple(2 * s.stride + s.extent for s in spans), (3, 3)  # type: ignore[assignment]
-    if hasattr(kernel, "offset") and not hasattr(kernel, "primary_offset"):
-        return draw_windows(kernel, source, other)
-    if not hasattr(kernel, "descriptor"):
-        source, other = tuple(2 * s.stride + s.extent for s in spans), (3, 3)  # type: ignore[assignment]
-    return draw_windows(kernel, source, source_gradient_shape=other)
+        source, other = (2 * y.stride + y.extent, 2 * x.stride + x.extent), (3, 3)
+    if hasattr(kernel, "primary_offset"):
+        return draw_windows(kernel, source, source_gradient_shape=other)
+    return draw_windows(kernel, source, other)

@@ -213,6 +213,10 @@ class MPSKernel(Coded, Shown):
         """The kernel without its arrays."""
         return self
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Hashes differ from process to process, so a pickled kernel is made again.
+        return functools.partial(type(self), **self.settings()), ()
+
     # As a pytree
 
     def _flatten(self) -> tuple[tuple[Any, ...], Any]:
@@ -358,7 +362,7 @@ class ForwardPlan(NamedTuple):
     how: Any
     """What the class itself derives from the windows."""
     kernel: Any
-    """The kernel with everything in numbers that a policy or a bound left open."""
+    """The kernel with the offset that a policy gave it."""
 
 
 @kernel_class
@@ -481,7 +485,9 @@ class MPSCNNKernel(MPSKernel):
 
     def _state(self, shape: Shape, to: Shape | None) -> Any:
         plan = forward_plan(self._bare(), shape, to)
-        return MPSNNGradientState(kernel=plan.kernel, source_shape=shape, destination_shape=plan.target.shape)
+        return MPSNNGradientState(
+            kernel=in_effect(plan), source_shape=shape, destination_shape=plan.target.shape
+        )
 
     def destination_image_descriptor(self, source_image: Any) -> jax.ShapeDtypeStruct:
         """Shape and dtype of what `encode` of such a source returns without a destination."""
@@ -513,7 +519,7 @@ def aligned(*batches: Images | None) -> list[tuple[Any, ...]]:
 @functools.lru_cache(maxsize=4096)
 def forward_plan(kernel: MPSCNNKernel, shape: Shape, destination: Shape | None) -> ForwardPlan:
     """Places the windows of a call: without a destination, as the padding policy says."""
-    lowering.check_implementation(kernel.implementation, static=True)
+    lowering.check_implementation(kernel.implementation, static=all(isinstance(n, int) for n in shape))
     images, height, width, available = four(shape)
     z, spans = kernel.offset.z, kernel._spans()
     if not 0 <= z <= images:
@@ -544,10 +550,6 @@ def forward_plan(kernel: MPSCNNKernel, shape: Shape, destination: Shape | None) 
             kernel._axis(i, n, out) for i, (n, out) in enumerate(zip((height, width), lengths, strict=True))
         )
     )
-    region = MTLRegion(
-        origin=MTLOrigin(z=origin[0], y=origin[1], x=origin[2]),
-        size=MTLSize(depth=depth, height=lengths[0], width=lengths[1]),
-    )
     drop = 4 - len(shape)
     return ForwardPlan(
         Block.of(shape, [(z, z + depth), (0, height), (0, width), (first, first + read)]),
@@ -555,7 +557,21 @@ def forward_plan(kernel: MPSCNNKernel, shape: Shape, destination: Shape | None) 
         1 - drop,
         Target(result[drop:], (*origin, at)[drop:], (depth, *lengths, written)[drop:]),
         kernel._how(window),
-        kernel.copy(clip_rect=region, source_feature_channel_max_count=read),
+        kernel,
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def in_effect(plan: ForwardPlan) -> Any:
+    """The kernel of a call with numbers for everything that a policy or a bound left open."""
+    target, (first, last) = plan.target, (plan.read.starts[-1], plan.read.limits[-1])
+    z, y, x, _ = target.at if len(target.at) == 4 else (0, *target.at)
+    depth, height, width, _ = four(target.block)
+    return plan.kernel.copy(
+        clip_rect=MTLRegion(
+            origin=MTLOrigin(z=z, y=y, x=x), size=MTLSize(depth=depth, height=height, width=width)
+        ),
+        source_feature_channel_max_count=last - first,
     )
 
 

@@ -8,7 +8,7 @@ METHOD = MPSNNPaddingMethod
 DEFAULT = METHOD.ALIGN_CENTERED | METHOD.ADD_REMAINDER_TO_TOP_LEFT | METHOD.SIZE_SAME
 TENSORFLOW_SAME = METHOD.ALIGN_CENTERED | METHOD.ADD_REMAINDER_TO_BOTTOM_RIGHT | METHOD.SIZE_SAME
 
-KNOWN = 0x803F | METHOD.CUSTOM_ALLOW_FOR_NODE_FUSION
+KNOWN = 0x3F | int(METHOD.CUSTOM_ALLOW_FOR_NODE_FUSION | METHOD.EXCLUDE_EDGES)
 
 
 def check(name: str, value: MPSNNPaddingMethod) -> MPSNNPaddingMethod:
@@ -19,7 +19,7 @@ def check(name: str, value: MPSNNPaddingMethod) -> MPSNNPaddingMethod:
             f"the offset, got {value!r}"
         )
     reserved = value & 3 == METHOD.ALIGN_RESERVED or value & METHOD.SIZE_RESERVED == METHOD.SIZE_RESERVED
-    if reserved or value & ~KNOWN:
+    if reserved or int(value) & ~KNOWN:
         raise ValueError(f"{name} must be made of documented values that are not reserved, got {value!r}")
     return value
 
