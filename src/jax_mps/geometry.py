@@ -33,8 +33,14 @@ Dim = Any
 """An axis length: an `int`, or a symbolic dimension while exporting."""
 
 Ints = int | Sequence[int]
+"""One int for all spatial axes, or one for each."""
+
 Padding = str | int | Sequence[Sequence[int]]
+"""A string, "VALID" or "SAME"; an int for all sides; or a `(low, high)` pair for each spatial axis."""
+
 DataFormat = Literal["channels_last", "channels_first"]
+"""Whether the channel axis is the last one, or the one before the spatial axes."""
+
 Edge = Literal["exclude", "zero", "clamp"]
 """What a tap outside the image reads: nothing; the value 0; the nearest pixel of the image."""
 
