@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 from collections.abc import Iterator
@@ -24,6 +25,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.hookimpl(trylast=True)  # of those that the other options leave
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     items[:] = items[:: config.getoption("every")]
+    if importlib.util.find_spec("torch") is None:
+        for item in items:
+            if isinstance(item, pytest.DoctestItem) and "import torch" in (item.dtest.docstring or ""):
+                item.add_marker(pytest.mark.skip("PyTorch is missing"))
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import torch
 
 from jax_mps import mps
 
@@ -190,6 +189,7 @@ def test_gradients_stay_finite():
 
 
 def test_batch_normalisation_is_that_of_torch():
+    torch = pytest.importorskip("torch")
     rng = np.random.default_rng(0)
     mean, gamma, beta, bias = rng.normal(size=(4, 2)).astype(np.float32)
     variance = rng.uniform(0.5, 2, 2).astype(np.float32)

@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 
 PAGE = Path(__file__).parent.parent / "docs" / "recipes.md"
 
@@ -51,6 +50,7 @@ def test_every_section_is_tested() -> None:
 
 
 def test_flax_and_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch")
     r = recipe(monkeypatch, "Flax", "Weights of PyTorch")
     x = image(2, 5, 4, 8)
     variables = {"params": {"kernel": image(4, 4, 8, 16), "bias": image(16)}}
