@@ -55,7 +55,7 @@ def test_native(name, native, x64):
 
 @pytest.mark.parametrize("name", mps_random.CLASSES)
 def test_xla(name, x64):
-    compare(name, range(160, 200), "xla")
+    compare(name, range(180, 200), "xla")
 
 
 @pytest.mark.slow

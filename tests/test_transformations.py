@@ -280,7 +280,7 @@ def test_eager_jit_and_disable_jit_agree(name, implementation):
         check_equal(p.f(*p.operands), eager)
 
 
-@every_operand
+@every_operand_once
 def test_gradient_is_the_same_eager_jitted_and_without_jit(name, operand, implementation):
     p = problem(name, implementation)
     gradient, x = jax.grad(scalar(p.along(operand))), p.operands[operand]
@@ -328,7 +328,7 @@ def check_vmap(stacked: Problem) -> None:
         check_equal(actual, expected)
 
 
-@every_call
+@every_call_once
 def test_vmap_over_every_operand_and_axis(name, implementation):
     check_vmap(problem(name, implementation, stack=3))
 
@@ -410,7 +410,7 @@ def small(name: str, implementation: str) -> Problem:
     return problem(name, implementation, sizes=(3, 4), batch=1, channels=1, dtype=np.float64)
 
 
-@every_operand
+@every_operand_once
 @pytest.mark.usefixtures("x64")
 def test_first_derivatives_in_every_way(name, operand, implementation):
     p = problem(name, implementation, batch=1, channels=2, dtype=np.float64)
@@ -446,7 +446,7 @@ def test_linear_transpose_of_what_is_linear(name, operand, implementation):
     check_equal(again, f(x), rtol=1e-12)
 
 
-@every_operand
+@every_operand_once
 @pytest.mark.usefixtures("x64")
 def test_second_derivatives_in_every_way(name, operand, implementation):
     p = small(name, implementation)
