@@ -288,7 +288,7 @@ def run_exported(function):
 
 def run_replayed(function, **options):
     """Lowers for mps, and runs that program on MLX."""
-    pytest.importorskip("mlx.core", reason="the extra `test` has MLX for Linux on x86-64 alone")
+    pytest.importorskip("mlx.core", reason="MLX is missing; the extra `test` has it for Linux on x86-64")
     from mlx_replay import replay
 
     return replay(function.lower("mps"), *function.operands, **options)
