@@ -9,14 +9,12 @@ namespace {
 
 constexpr int64_t kScratchBytes = 128 << 10;  // of a row: a fraction of the level-2 cache
 constexpr int64_t kRowBytes = 64 << 10;       // of a piece that needs no scratch
+constexpr int64_t kShortRow = 1024;           // elements of a row for strips
+constexpr int64_t kFewUnits = 64;             // so many pieces are enough for the threads to share
 constexpr int64_t kBlock = 2048;              // channels of a block, where there are more than twice as many
 
 int64_t FloorDiv(int64_t a, int64_t b) { return a / b - (a % b < 0); }
 int64_t CeilDiv(int64_t a, int64_t b) { return -FloorDiv(-a, b); }
-
-struct Range {
-  int64_t begin, end;
-};
 
 // The taps of the window at `first` that lie in [lower, upper).
 Range TapsInside(const Axis& axis, int64_t first, int64_t lower, int64_t upper) {
@@ -33,17 +31,6 @@ int64_t Divisor(const Axis& axis, int64_t window) {
 
 bool SameTaps(const Reach& a, const Reach& b) {
   return a.count == b.count && a.tap == b.tap && a.divisor == b.divisor && a.band == b.band;
-}
-
-// All the sources that targets [begin, end) read.
-Range Sources(const Line& line, int64_t begin, int64_t end) {
-  const Axis& axis = line.axis;
-  const int64_t reach = axis.dilation * (axis.kernel - 1);
-  const int64_t lower = line.backward ? CeilDiv(begin + axis.lo - reach, axis.stride) : axis.stride * begin - axis.lo;
-  const int64_t upper = line.backward ? FloorDiv(end - 1 + axis.lo, axis.stride) + 1
-                                      : axis.stride * (end - 1) - axis.lo + reach + 1;
-  const int64_t first = std::clamp<int64_t>(lower, 0, line.sources());
-  return {first, std::clamp<int64_t>(upper, first, line.sources())};
 }
 
 }  // namespace
@@ -75,6 +62,15 @@ Reach Line::At(int64_t target) const {
     }
   }
   return {0, 0, -1, 1, 0};
+}
+
+Range Line::Sources(int64_t begin, int64_t end) const {
+  const int64_t reach = axis.dilation * (axis.kernel - 1);
+  const int64_t lower = backward ? CeilDiv(begin + axis.lo - reach, axis.stride) : axis.stride * begin - axis.lo;
+  const int64_t upper =
+      backward ? FloorDiv(end - 1 + axis.lo, axis.stride) + 1 : axis.stride * (end - 1) - axis.lo + reach + 1;
+  const int64_t first = std::clamp<int64_t>(lower, 0, sources());
+  return {first, std::clamp<int64_t>(upper, first, sources())};
 }
 
 struct Plan::Storage {
@@ -134,7 +130,7 @@ Plan::Plan(const Geometry& geometry, const Wishes& wishes) : outer(geometry.oute
   const int64_t phases = wishes.backward ? axis.stride : 1;
   for (int64_t begin = 0; begin < targets; begin += length) {
     const int64_t end = std::min(begin + length, targets);
-    const Range sources = Sources(last, begin, end);
+    const Range sources = last.Sources(begin, end);
     storage_->chunks.push_back({begin, end, sources.begin, sources.end, nullptr, 0});
     span = std::max(span, sources.end - sources.begin);
   }
@@ -203,6 +199,42 @@ Plan::Plan(const Geometry& geometry, const Wishes& wishes) : outer(geometry.oute
 }
 
 Plan::~Plan() { delete storage_; }
+
+Strips::Strips(const Geometry& geometry, int64_t lanes, int64_t source_bytes, int64_t sum_bytes)
+    : outer(geometry.outer), inner(geometry.inner) {
+  worthwhile = inner < lanes && geometry.axis[2].windows > 1 && geometry.axis[2].size * inner <= kShortRow;
+  for (int a = 0; a < 3; ++a) {
+    Axis axis = geometry.axis[a];
+    windows[a] = axis.windows;
+    before[a] = 0;
+    if (a > 0) {
+      before[a] = std::max<int64_t>(0, -CeilDiv(axis.lo - axis.dilation * (axis.kernel - 1), axis.stride));
+      const int64_t behind = std::max<int64_t>(0, FloorDiv(axis.size - 1 + axis.lo, axis.stride) + 1 - axis.windows);
+      worthwhile &= before[a] + behind <= axis.windows;
+      axis.lo += axis.stride * before[a];
+      axis.windows += before[a] + behind;
+    }
+    line[a] = Line(axis, true);
+  }
+  planes = std::min(CeilDiv(line[0].axis.kernel, -line[0].tap_step), windows[0]);
+  taps = CeilDiv(line[2].axis.kernel, -line[2].tap_step);
+
+  // Of a plane, as much as leaves its copies in the cache and every thread something to do.
+  const Axis& axis = line[1].axis;
+  const int64_t total = CeilDiv(axis.size, axis.stride), halo = axis.dilation * (axis.kernel - 1) / axis.stride;
+  const int64_t bytes = pitch() * (planes * source_bytes + line[2].axis.stride * sum_bytes);
+  const int64_t fair = outer * line[0].targets() * total / kFewUnits;
+  const int64_t group = std::clamp<int64_t>(std::min(kScratchBytes / bytes - halo, fair), std::min(1 + halo, total), total);
+  count = CeilDiv(total, group);
+  rows = CeilDiv(total, count) * axis.stride;
+  count = CeilDiv(axis.size, rows);
+  height = 0;
+  for (int64_t begin = 0; begin < axis.size; begin += rows) {
+    const Range sources = line[1].Sources(begin, std::min(begin + rows, axis.size));
+    height = std::max(height, sources.end - sources.begin);
+  }
+  worthwhile &= copied() * source_bytes + sums() * sum_bytes <= 4 * kScratchBytes;
+}
 
 void MergeCoveredAxes(Geometry& geometry) {
   Axis* axis = geometry.axis;

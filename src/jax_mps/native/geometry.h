@@ -15,6 +15,10 @@ struct Axis {
   int64_t band_lo = 0, band_hi = 0;  // padding that an average counts
 };
 
+struct Range {
+  int64_t begin, end;
+};
+
 struct Geometry {
   int64_t outer = 1, inner = 1;
   Axis axis[3];
@@ -39,6 +43,7 @@ struct Line {
   int64_t targets() const { return backward ? axis.size : axis.windows; }
   int64_t sources() const { return backward ? axis.windows : axis.size; }
   Reach At(int64_t target) const;
+  Range Sources(int64_t begin, int64_t end) const;  // all that these targets read
 };
 
 // A run: targets of one phase along the last axis that read the same taps. Positions count pixels (of `pitch` elements).
@@ -93,6 +98,28 @@ struct Plan {
  private:
   struct Storage;
   Storage* storage_;
+};
+
+// A second way to walk backward, for planes of short rows: their ends would be runs of their own, and every row a piece. Here a
+// piece is a strip of rows, and reads copies of the windows with some that hold nothing around them, so that all targets of a
+// phase read the same taps.
+struct Strips {
+  int64_t outer, inner;
+  Line line[3];        // along the last two axes with the windows that hold nothing
+  int64_t windows[3];  // without them
+  int64_t before[3];   // those that hold nothing in front
+  int64_t rows;        // targets of a strip along axis 1: a multiple of the stride
+  int64_t count;       // strips of a plane
+  int64_t planes, height, taps;  // the most source planes that a strip reads, rows of each, and taps of a target in a row
+  bool worthwhile;
+
+  // Bytes of a source and of a sum.
+  Strips(const Geometry& geometry, int64_t lanes, int64_t source_bytes, int64_t sum_bytes);
+
+  int64_t units() const { return outer * line[0].targets() * count; }
+  int64_t pitch() const { return line[2].sources() * inner; }
+  int64_t copied() const { return planes * height * pitch(); }
+  int64_t sums() const { return line[2].axis.stride * (rows / line[1].axis.stride) * pitch(); }
 };
 
 // Joins a last axis that one window covers exactly with the axis before it: global pooling becomes one-dimensional.

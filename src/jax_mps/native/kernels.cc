@@ -40,16 +40,17 @@ bool WithFloat(Type type, const Body& body) {
   }
 }
 
+// One type stands for all that compare alike but for a constant.
 template <class Body>
-bool WithNumber(Type type, const Body& body) {
+bool WithOrder(Type type, const Body& body) {
   switch (type) {
-    case Type::kS8: return body(Tag<int8_t>());
-    case Type::kS16: return body(Tag<int16_t>());
-    case Type::kS32: return body(Tag<int32_t>());
-    case Type::kU8: return body(Tag<uint8_t>());
-    case Type::kU16: return body(Tag<uint16_t>());
-    case Type::kU32: return body(Tag<uint32_t>());
-    default: return WithFloat(type, body);
+    case Type::kF32: return body(Tag<float>());
+    case Type::kF64: return body(Tag<double>());
+    case Type::kF16: case Type::kBF16: return body(Tag<Half>());
+    case Type::kS8: case Type::kU8: return body(Tag<int8_t>());
+    case Type::kS16: case Type::kU16: return body(Tag<int16_t>());
+    case Type::kS32: case Type::kU32: return body(Tag<int32_t>());
+    default: __builtin_unreachable();
   }
 }
 
@@ -62,7 +63,7 @@ bool WithTap(Type type, const Body& body) {
   }
 }
 
-// Unpooling only moves elements: one type a size.
+// Where elements are only moved, one type stands for all of a size.
 template <class Body>
 bool WithSize(Type type, const Body& body) {
   switch (type) {
@@ -73,21 +74,26 @@ bool WithSize(Type type, const Body& body) {
   }
 }
 
+template <class Body>
+bool WithFloatSize(Type type, const Body& body) {
+  switch (type) {
+    case Type::kF64: return body(Tag<uint64_t>());
+    case Type::kF32: return body(Tag<uint32_t>());
+    default: return body(Tag<uint16_t>());
+  }
+}
+
 }  // namespace
 
 bool Execute(const Problem& problem) {
   const Type type = problem.type;
   switch (problem.op) {
     case Op::kMaxPool:
-      return WithNumber(type, [&](auto t) { return MaxPool<typename decltype(t)::type>(problem); });
+      return WithOrder(type, [&](auto t) { return MaxPool<typename decltype(t)::type>(problem); });
     case Op::kMaxPoolIndex:
-      return WithNumber(type, [&](auto t) { return MaxPoolIndex<typename decltype(t)::type>(problem); });
+      return WithOrder(type, [&](auto t) { return MaxPoolIndex<typename decltype(t)::type>(problem); });
     case Op::kMaxPoolTake:
-      return WithFloat(type, [&](auto t) {
-        return WithTap(problem.second, [&](auto i) {
-          return MaxPoolTake<typename decltype(t)::type, typename decltype(i)::type>(problem);
-        });
-      });
+      return WithFloatSize(type, [&](auto t) { return MaxPoolTake<typename decltype(t)::type>(problem); });
     case Op::kMaxPoolPut:
       return WithFloat(type, [&](auto t) {
         return WithTap(problem.second, [&](auto i) {

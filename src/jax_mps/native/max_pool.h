@@ -11,16 +11,17 @@ struct MaxValue {
   template <int N>
   using State = Vec<Wide, N>;
 
+  Order<T> order;
   const T* source;
   T* target;
 
   template <int N>
   State<N> Begin(Int<N>, int64_t, int64_t) const {
-    return Broadcast<Wide, N>(Lowest<T>());
+    return Broadcast<Wide, N>(order.Lowest());
   }
   template <int N, class V>
   void Tap(Int<N>, V& best, int64_t from, int64_t) const {
-    Merge(best, LoadKey<T, N>(source + from));
+    Merge(best, order.template Load<N>(source + from));
   }
   // A NaN is taken and never given up.
   template <class V>
@@ -30,7 +31,7 @@ struct MaxValue {
   }
   template <int N, class V>
   void Finish(Int<N>, V best, int64_t to) const {
-    StoreKey<N>(target + to, best);
+    order.template Store<N>(target + to, best);
   }
   const MaxValue& At(int64_t) const { return *this; }
   MaxValue Stage(const Plan& plan, const Piece& piece, Wide* row) const {
@@ -52,7 +53,7 @@ struct MaxTap {
   using Wide = K;
   using Index = SignedLane<K>;
   static constexpr int kLanes = kVectorBytes / sizeof(K), kVectors = 4;
-  static constexpr bool kBackward = false, kSeparable = false;
+  static constexpr bool kBackward = false, kSeparable = false, kHalfKey = std::is_same_v<T, Half>;
   template <int N>
   struct State {
     Vec<K, N> best;
@@ -60,6 +61,7 @@ struct MaxTap {
     Vec<Index, N> tap;
   };
 
+  Order<T> order;
   const T* source;
   T* target;  // null if only the tap is asked for
   void* taps;
@@ -67,12 +69,12 @@ struct MaxTap {
 
   template <int N>
   State<N> Begin(Int<N>, int64_t, int64_t tap) const {
-    const auto lowest = Broadcast<K, N>(Lowest<T>());
+    const auto lowest = Broadcast<K, N>(order.Lowest());
     return {lowest, lowest, Broadcast<Index, N>(static_cast<Index>(tap))};
   }
   template <int N>
   void Tap(Int<N>, State<N>& state, int64_t from, int64_t tap) const {
-    const Vec<Key<T>, N> loaded = LoadKey<T, N>(source + from);
+    const Vec<Key<T>, N> loaded = order.template Load<N>(source + from);
     Vec<K, N> raw;
     if constexpr (std::is_same_v<K, Key<T>>) {
       raw = loaded;
@@ -80,21 +82,21 @@ struct MaxTap {
       raw = Convert<K, N>(loaded);
     }
     Vec<K, N> value = raw;
-    if constexpr (kHalf<T>) value -= raw == -1;  // -0 equals +0
+    if constexpr (kHalfKey) value -= raw == -1;  // -0 equals +0
     auto wins = value > state.best;
     if constexpr (kFloating<T>) wins |= (value != value) & (state.best == state.best);
     state.best = wins ? value : state.best;
-    if constexpr (kHalf<T>) state.raw = wins ? raw : state.raw;
+    if constexpr (kHalfKey) state.raw = wins ? raw : state.raw;
     state.tap = wins ? Broadcast<Index, N>(static_cast<Index>(tap)) : state.tap;
   }
   template <int N>
   void Finish(Int<N>, const State<N>& state, int64_t to) const {
     if (target != nullptr) {
-      const Vec<K, N> key = kHalf<T> ? state.raw : state.best;
+      const Vec<K, N> key = kHalfKey ? state.raw : state.best;
       if constexpr (std::is_same_v<K, Key<T>>) {
-        StoreKey<N>(target + to, key);
+        order.template Store<N>(target + to, key);
       } else {
-        StoreKey<N>(target + to, Convert<Key<T>, N>(key));
+        order.template Store<N>(target + to, Convert<Key<T>, N>(key));
       }
     }
     switch (tap_type) {
@@ -104,34 +106,41 @@ struct MaxTap {
     }
   }
   const MaxTap& At(int64_t) const { return *this; }
-  MaxTap From(const T* other) const { return {other, target, taps, tap_type}; }
+  MaxTap From(const T* other) const { return {order, other, target, taps, tap_type}; }
 };
 
-// ---- The value at the tap. Every tap inside the image is looked at, so an index that names none of them gives 0.
+// ---- The value at the tap. Every tap inside the image is looked at, so an index that names none of them gives 0. `T` is an
+// unsigned integer, for elements are only moved.
 
-template <class T, class I>
+template <class T>
 struct TakeTap {
   using Element = T;
-  using Wide = Acc<T>;
+  using Wide = std::conditional_t<sizeof(T) == 8, uint64_t, uint32_t>;
+  using Index = SignedLane<Wide>;
   static constexpr int kLanes = kVectorBytes / sizeof(Wide), kVectors = 4;
   static constexpr bool kBackward = false, kSeparable = false;
   template <int N>
   struct State {
     Vec<Wide, N> value;
-    Vec<SignedLane<Wide>, N> tap;
+    Vec<Index, N> tap;
   };
 
   const T* source;
-  const I* taps;
+  const void* taps;
+  Type tap_type;
   T* target;
 
   template <int N>
   State<N> Begin(Int<N>, int64_t to, int64_t) const {
-    return {Vec<Wide, N>{}, Load<SignedLane<Wide>, N>(taps + to)};
+    switch (tap_type) {
+      case Type::kS8: return {Vec<Wide, N>{}, Load<Index, N>(static_cast<const int8_t*>(taps) + to)};
+      case Type::kS16: return {Vec<Wide, N>{}, Load<Index, N>(static_cast<const int16_t*>(taps) + to)};
+      default: return {Vec<Wide, N>{}, Load<Index, N>(static_cast<const int32_t*>(taps) + to)};
+    }
   }
   template <int N>
   void Tap(Int<N>, State<N>& state, int64_t from, int64_t tap) const {
-    const auto here = state.tap == static_cast<SignedLane<Wide>>(tap);
+    const auto here = state.tap == static_cast<Index>(tap);
     state.value = here ? Load<Wide, N>(source + from) : state.value;
   }
   template <int N>
@@ -139,7 +148,7 @@ struct TakeTap {
     Store<N>(target + to, state.value);
   }
   const TakeTap& At(int64_t) const { return *this; }
-  TakeTap From(const T* other) const { return {other, taps, target}; }
+  TakeTap From(const T* other) const { return {other, taps, tap_type, target}; }
 };
 
 // ---- Its transpose: a pixel adds up the windows whose tap it is.
@@ -148,10 +157,11 @@ template <class T, class I>
 struct PutTap {
   using Element = T;
   using Wide = Acc<T>;
-  static constexpr int kLanes = kVectorBytes / sizeof(Wide), kVectors = 4;
+  static constexpr bool kInHalves = kHalf<T> && sizeof(I) < 4;
+  static constexpr int kLanes = kVectorBytes / (kInHalves ? sizeof(T) : sizeof(Wide)), kVectors = 4;
   static constexpr bool kBackward = true, kSeparable = false;
   template <int N>
-  using State = Vec<Wide, N>;
+  using State = std::conditional_t<kInHalves && (N > 2), Halves<T, N>, Vec<Wide, N>>;
 
   const T* source;
   const I* taps;
@@ -164,7 +174,7 @@ struct PutTap {
   }
   template <int N, class V>
   void Tap(Int<N>, V& sum, int64_t from, int64_t tap) const {
-    AddWhere<Wide, N>(sum, source + from, taps + from, tap);
+    AddWhere<N>(sum, source + from, taps + from, tap);
   }
   template <int N, class V>
   void Finish(Int<N>, V sum, int64_t to) const {
@@ -174,15 +184,121 @@ struct PutTap {
   const PutTap& At(int64_t) const { return *this; }
 };
 
+// Copies a row of windows to the middle of one that has `nothing` around it, or fills it with that.
+template <class T>
+inline void CopyRow(const T* row, T* copy, int64_t before, int64_t count, int64_t length, T nothing) {
+  if (row == nullptr) before = length;
+  for (int64_t i = 0; i < before; ++i) copy[i] = nothing;
+  if (row == nullptr) return;
+  __builtin_memcpy(copy + before, row, count * sizeof(T));
+  for (int64_t i = before + count; i < length; ++i) copy[i] = nothing;
+}
+
+// A strip of planes of short rows. A window that is not there has no tap, so what it holds does not count.
+template <class T, class I>
+inline void PutStrip(const Strips& strips, const PutTap<T, I>& op, int64_t unit, int64_t* scratch) {
+  using Wide = Acc<T>;
+  constexpr int kLanes = PutTap<T, I>::kLanes;
+  const Line* line = strips.line;
+  const int64_t pitch = strips.pitch(), inner = strips.inner;
+  const int64_t begin = unit % strips.count * strips.rows;
+  const int64_t height = line[1].targets(), width = line[2].targets() * inner;
+  const int64_t end = begin + strips.rows < height ? begin + strips.rows : height;
+  const int64_t outer = unit / strips.count / line[0].targets(), plane = unit / strips.count % line[0].targets();
+  const Reach planes = line[0].At(plane);
+  const Range rows = line[1].Sources(begin, end);
+  const int64_t plane_pitch = (rows.end - rows.begin) * pitch;
+
+  int64_t* const offset = scratch;
+  Wide* const sums = reinterpret_cast<Wide*>(offset + strips.taps);
+  Wide* const row = sums + strips.sums();
+  T* const values = reinterpret_cast<T*>(row + width);
+  I* const keys = reinterpret_cast<I*>(values + strips.copied());
+  for (int64_t i = 0; i < strips.taps; ++i) offset[i] = i * line[2].source_step * inner;
+  for (int64_t a = 0; a < planes.count; ++a) {
+    const int64_t first = (outer * strips.windows[0] + planes.source + a * line[0].source_step) * strips.windows[1];
+    for (int64_t r = rows.begin; r < rows.end; ++r) {
+      const int64_t i = r - strips.before[1], count = strips.windows[2] * inner, before = strips.before[2] * inner;
+      const bool there = i >= 0 && i < strips.windows[1];
+      const int64_t to = a * plane_pitch + (r - rows.begin) * pitch;
+      CopyRow(there ? op.source + (first + i) * count : nullptr, values + to, before, count, pitch, T{});
+      CopyRow(there ? op.taps + (first + i) * count : nullptr, keys + to, before, count, pitch, static_cast<I>(-1));
+    }
+  }
+
+  // All targets of a phase lie a pitch or one position apart, in the copies as in their sums: they are one run.
+  const PutTap<T, I> put = {values, keys, op.target, op.stream};
+  const ToScratch<PutTap<T, I>> sum(put, sums);
+  const int64_t stride = line[2].axis.stride, taps = line[2].axis.kernel;
+  int64_t target = (outer * line[0].targets() + plane) * height * width;
+  for (int64_t t = begin; t < begin + line[1].axis.stride && t < end; ++t) {
+    const int64_t count = (end - t - 1) / line[1].axis.stride + 1;
+    const Reach down = line[1].At(t);
+    const int64_t length = count * pitch;
+    for (int64_t phase = 0; phase < stride && phase * inner < width; ++phase) {
+      const Reach along = line[2].At(phase);
+      const int64_t targets = (line[2].targets() - phase - 1) / stride + 1;
+      Reads reads;
+      reads.rows[0] = planes.count;
+      reads.rows[1] = down.count;
+      reads.row_step[0] = plane_pitch;
+      reads.row_step[1] = line[1].source_step * pitch;
+      reads.row_tap_step[0] = line[0].tap_step * line[1].axis.kernel * taps;
+      reads.row_tap_step[1] = line[1].tap_step * taps;
+      reads.offset = offset;
+      reads.count = along.count;
+      reads.tap = (planes.tap * line[1].axis.kernel + down.tap) * taps + along.tap;
+      reads.tap_step = line[2].tap_step;
+      const int64_t source = (down.source - rows.begin) * pitch + along.source * inner;
+      const Taps list(reads);
+      if (stride == 1 && width >= kLanes) {
+        for (int64_t j = 0; j < count; ++j) {
+          Gather(put, list, source + j * pitch, target + (t + j * line[1].axis.stride) * width, width);
+        }
+      } else {
+        Gather(sum, list, source, phase * length, (count - 1) * pitch + targets * inner);
+      }
+    }
+    if (stride == 1 && width >= kLanes) continue;
+    for (int64_t j = 0; j < count; ++j) {
+      Rearrange<false>(row, sums + j * pitch, 0, line[2].targets(), stride, length / inner, inner);
+      FinishSums(put, row, target + (t + j * line[1].axis.stride) * width, width);
+    }
+  }
+}
+
+template <class T, class I>
+bool Put(const Problem& problem, const PutTap<T, I>& op) {
+  const Strips strips(problem.geometry, PutTap<T, I>::kLanes, sizeof(T) + sizeof(I), sizeof(Acc<T>));
+  if (!strips.worthwhile) return Walk(problem.geometry, *problem.schedule, op);
+  struct Context {
+    const Strips& strips;
+    const PutTap<T, I>& op;
+    int64_t scratch;
+  };
+  const Context context = {strips, op,
+                           static_cast<int64_t>(strips.taps * sizeof(int64_t) + strips.copied() * (sizeof(T) + sizeof(I)) +
+                                                (strips.sums() + strips.line[2].targets() * strips.inner) * sizeof(Acc<T>))};
+  const auto body = [](const void* data, int64_t begin, int64_t end) {
+    const Context& context = *static_cast<const Context*>(data);
+    int64_t* scratch = static_cast<int64_t*>(Scratch(context.scratch));
+    if (scratch == nullptr) return false;
+    for (int64_t unit = begin; unit < end; ++unit) PutStrip(context.strips, context.op, unit, scratch);
+    StreamFence();
+    return true;
+  };
+  return ParallelFor(*problem.schedule, strips.units(), strips.copied() * (sizeof(T) + sizeof(I)), body, &context);
+}
+
 template <class T>
 bool MaxPool(const Problem& problem) {
-  const MaxValue<T> op = {static_cast<const T*>(problem.operand[0]), static_cast<T*>(problem.result[0])};
+  const MaxValue<T> op = {Order<T>(problem.type), static_cast<const T*>(problem.operand[0]), static_cast<T*>(problem.result[0])};
   return Walk(problem.geometry, *problem.schedule, op);
 }
 
 template <class T, class K>
 bool MaxPoolTap(const Problem& problem) {
-  const MaxTap<T, K> op = {static_cast<const T*>(problem.operand[0]), static_cast<T*>(problem.result[0]),
+  const MaxTap<T, K> op = {Order<T>(problem.type), static_cast<const T*>(problem.operand[0]), static_cast<T*>(problem.result[0]),
                            problem.result[1], problem.second};
   return Walk(problem.geometry, *problem.schedule, op);
 }
@@ -190,15 +306,15 @@ bool MaxPoolTap(const Problem& problem) {
 template <class T>
 bool MaxPoolIndex(const Problem& problem) {
   if constexpr (sizeof(Key<T>) == 2) {
-    if (problem.second == Type::kS32) return MaxPoolTap<T, std::conditional_t<std::is_same_v<T, uint16_t>, uint32_t, int32_t>>(problem);
+    if (problem.second == Type::kS32) return MaxPoolTap<T, int32_t>(problem);
   }
   return MaxPoolTap<T, Key<T>>(problem);
 }
 
-template <class T, class I>
+template <class T>
 bool MaxPoolTake(const Problem& problem) {
-  const TakeTap<T, I> op = {static_cast<const T*>(problem.operand[0]), static_cast<const I*>(problem.operand[1]),
-                            static_cast<T*>(problem.result[0])};
+  const TakeTap<T> op = {static_cast<const T*>(problem.operand[0]), problem.operand[1], problem.second,
+                         static_cast<T*>(problem.result[0])};
   return Walk(problem.geometry, *problem.schedule, op);
 }
 
@@ -206,5 +322,5 @@ template <class T, class I>
 bool MaxPoolPut(const Problem& problem) {
   const PutTap<T, I> op = {static_cast<const T*>(problem.operand[0]), static_cast<const I*>(problem.operand[1]),
                            static_cast<T*>(problem.result[0]), problem.stream};
-  return Walk(problem.geometry, *problem.schedule, op);
+  return Put(problem, op);
 }

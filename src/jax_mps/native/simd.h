@@ -243,13 +243,19 @@ inline void Narrow(F16* to, Vec<float, N> v) {
   StoreRaw<N>(&to->bits, Convert<uint16_t, N>(result | (bits >> 16 & 0x8000)));
 }
 
-// Half of a unit is added, less one bit where the last digit that stays is even.
+// To bfloat16, whose bits are the high half of the result's. Half of a unit is added, less one bit where the last digit that
+// stays is even.
 template <int N>
-inline void Narrow(BF16* to, Vec<float, N> v) {
+inline Vec<uint32_t, N> Rounded(Vec<float, N> v) {
   using U = Vec<uint32_t, N>;
   const U bits = Bits<U>(v);
   const U rounded = bits + 0x8000 + Bits<U>((bits & 0x10000) == 0);
-  const U result = v != v ? bits | 0x400000 : rounded;
+  return v != v ? bits | 0x400000 : rounded;
+}
+
+template <int N>
+inline void Narrow(BF16* to, Vec<float, N> v) {
+  const Vec<uint32_t, N> result = Rounded<N>(v);
 #if defined(__AVX2__)
   if constexpr (N == 8) {
     const __m256i high = _mm256_srli_epi32(Bits<__m256i>(result), 16);
@@ -288,16 +294,61 @@ inline void Store(T* to, V v) {
   }
 }
 
-// sum += value[i] where key[i] == wanted.
-template <class Lane, int N, class T, class I>
-inline void AddWhere(Vec<Lane, N>& sum, const T* value, const I* key, int64_t wanted) {
-  if constexpr (std::is_same_v<T, F16> && sizeof(I) < 4) {
-    // Compared and masked before they are widened. (For bfloat16 that was measured to be slower.)
-    const auto here = Load<int16_t, N>(key) == static_cast<int16_t>(wanted);
-    const auto bits = LoadRaw<uint16_t, N>(&value->bits);
-    sum += Widen<N>(T(), here ? bits : Vec<uint16_t, N>{});
-    return;
+// N sums of half precision in two vectors, cut as costs least: bfloat16 into even and odd lanes, where a float starts or ends
+// with a half's bits and nothing is shuffled, float16 into the lower and the upper ones.
+template <class T, int N>
+struct Halves {
+  Vec<float, (N + 1) / 2> first, second;
+};
+
+template <int N>
+inline void Store(BF16* to, const Halves<BF16, N>& v) {
+  const auto bits = (Rounded<N / 2>(v.first) >> 16) | (Rounded<N / 2>(v.second) & 0xffff0000);
+  StoreRaw<N>(&to->bits, Bits<Vec<uint16_t, N>>(bits));
+}
+
+template <int N>
+inline void Store(F16* to, const Halves<F16, N>& v) {
+  Narrow<N / 2>(to, v.first);
+  Narrow<N / 2>(to + N / 2, v.second);
+}
+
+template <int N>
+inline void StoreRaw(float* to, const Halves<BF16, N>& v) {
+  const auto wide = [](Vec<float, N / 2> lanes) { return Convert<uint64_t, N / 2>(Bits<Vec<uint32_t, N / 2>>(lanes)); };
+  const auto pairs = wide(v.first) | wide(v.second) << 32;
+  __builtin_memcpy(to, &pairs, N * sizeof(float));
+}
+
+template <int N>
+inline void StoreRaw(float* to, const Halves<F16, N>& v) {
+  StoreRaw<N / 2>(to, v.first);
+  StoreRaw<N / 2>(to + N / 2, v.second);
+}
+
+// sum += value[i] where key[i] == wanted. Halves are compared and masked before they are widened.
+template <int N, class T, class I>
+inline void AddWhere(Halves<T, N>& sum, const T* value, const I* key, int64_t wanted) {
+  const auto here = Load<int16_t, N>(key) == static_cast<int16_t>(wanted);
+  const auto bits = LoadRaw<uint16_t, N>(&value->bits);
+  const auto kept = here ? bits : Vec<uint16_t, N>{};
+  if constexpr (std::is_same_v<T, BF16>) {
+    const auto pairs = Bits<Vec<uint32_t, N / 2>>(kept);
+    sum.first += Bits<Vec<float, N / 2>>(pairs << 16);
+    sum.second += Bits<Vec<float, N / 2>>(pairs & 0xffff0000);
+  } else {
+    struct {
+      Vec<uint16_t, N / 2> first, second;
+    } cut;
+    __builtin_memcpy(&cut, &kept, sizeof cut);
+    sum.first += Widen<N / 2>(T(), cut.first);
+    sum.second += Widen<N / 2>(T(), cut.second);
   }
+}
+
+template <int N, class V, class T, class I>
+inline void AddWhere(V& sum, const T* value, const I* key, int64_t wanted) {
+  using Lane = std::decay_t<decltype(sum[0])>;
 #if defined(__AVX512BW__) && defined(__AVX512VL__)
   // Compared in their own width: the mask has a bit a lane whatever the width.
   if constexpr (N == 16 && std::is_same_v<T, float> && sizeof(I) < 4) {
@@ -321,7 +372,7 @@ inline void AddWhere(Vec<Lane, N>& sum, const T* value, const I* key, int64_t wa
 template <int N, class T, class V>
 inline void Stream(T* to, V v) {
 #if defined(__x86_64__) || defined(_M_X64)
-  if constexpr (std::is_same_v<T, std::decay_t<decltype(v[0])>> && N * sizeof(T) == kVectorBytes) {
+  if constexpr (!kHalf<T> && N * sizeof(T) == kVectorBytes) {
     if (reinterpret_cast<uintptr_t>(to) % kVectorBytes == 0) {
 #if defined(__AVX512F__)
       return _mm512_stream_si512(reinterpret_cast<__m512i*>(to), Bits<__m512i>(v));
@@ -362,9 +413,14 @@ inline Vec<double, N> Sqrt(Vec<double, N> v) {
 
 // ---- Keys: numbers that compare as their elements do.
 
+// Either half precision, where that makes no difference but for a constant.
+struct Half {
+  uint16_t bits;
+};
+
 template <class T>
 struct KeyOf {
-  using type = std::conditional_t<sizeof(T) == 1 || kHalf<T>, int16_t, T>;
+  using type = std::conditional_t<sizeof(T) == 1 || std::is_same_v<T, Half>, int16_t, T>;
 };
 template <class T>
 using Key = typename KeyOf<T>::type;
@@ -372,40 +428,55 @@ using Key = typename KeyOf<T>::type;
 template <class T>
 constexpr bool kFloating = std::is_floating_point_v<T>;
 
-// The least key: what a window without taps holds.
+// From elements to keys and back. `T` is a float, a signed integer, which stands for the unsigned one of its size too, or Half.
 template <class T>
-constexpr Key<T> Lowest() {
-  if constexpr (kFloating<T>) return -std::numeric_limits<T>::infinity();
-  if constexpr (std::is_same_v<T, F16>) return ~0x7c00;
-  if constexpr (std::is_same_v<T, BF16>) return ~0x7f80;
-  if constexpr (std::is_integral_v<T>) return std::numeric_limits<T>::lowest();
-}
+struct Order {
+  Key<T> constant;  // Half: the bits of infinity; integers: the bits to flip
 
-// A half's bits, read as a sign and a magnitude, are in order but for NaN, which loses its sign to become the greatest.
-// The map is its own inverse on numbers, and -0 comes just below +0.
-template <class T, int N>
-inline Vec<Key<T>, N> LoadKey(const T* from) {
-  if constexpr (kHalf<T>) {
-    constexpr int16_t kInfinity = std::is_same_v<T, F16> ? 0x7c00 : 0x7f80;
-    const auto bits = Bits<Vec<int16_t, N>>(LoadRaw<uint16_t, N>(&from->bits));
-    const Vec<int16_t, N> magnitude = bits & 0x7fff;
-    return magnitude > kInfinity ? magnitude : bits ^ (bits >> 15 & 0x7fff);
-  } else {
-    return Load<Key<T>, N>(from);
+  explicit Order(Type type) : constant(0) {
+    if constexpr (std::is_same_v<T, Half>) constant = type == Type::kF16 ? 0x7c00 : 0x7f80;
+    if constexpr (std::is_integral_v<T>) {
+      const bool is_unsigned = type == Type::kU8 || type == Type::kU16 || type == Type::kU32;
+      if (is_unsigned) constant = std::numeric_limits<T>::lowest();
+    }
   }
-}
 
-template <int N, class T>
-inline void StoreKey(T* to, Vec<Key<T>, N> key) {
-  if constexpr (kHalf<T>) {
-    StoreRaw<N>(&to->bits, key ^ (key >> 15 & 0x7fff));
-  } else {
-    Store<N>(to, key);
+  // The least key: what a window without taps holds.
+  Key<T> Lowest() const {
+    if constexpr (kFloating<T>) return -std::numeric_limits<T>::infinity();
+    else if constexpr (std::is_integral_v<T>) return std::numeric_limits<T>::lowest();
+    else return static_cast<Key<T>>(~constant);
   }
-}
 
-// ---- Sweeping a run of n elements: `most` vectors at a time (8 or 4), then four, then one, the last of which overlaps the one
-// before it; a run shorter than a vector with fewer lanes. body(lanes, vectors, position), the first two as types.
+  // A half's bits, read as a sign and a magnitude, are in order but for NaN, which loses its sign to become the greatest.
+  // The map is its own inverse on numbers, and -0 comes just below +0.
+  template <int N>
+  Vec<Key<T>, N> Load(const T* from) const {
+    if constexpr (std::is_same_v<T, Half>) {
+      const auto bits = Bits<Vec<int16_t, N>>(LoadRaw<uint16_t, N>(&from->bits));
+      const Vec<int16_t, N> magnitude = bits & 0x7fff;
+      return magnitude > constant ? magnitude : bits ^ (bits >> 15 & 0x7fff);
+    } else if constexpr (kFloating<T>) {
+      return LoadRaw<T, N>(from);
+    } else {
+      return Convert<Key<T>, N>(LoadRaw<T, N>(from) ^ static_cast<T>(constant));
+    }
+  }
+
+  template <int N>
+  void Store(T* to, Vec<Key<T>, N> key) const {
+    if constexpr (std::is_same_v<T, Half>) {
+      StoreRaw<N>(&to->bits, key ^ (key >> 15 & 0x7fff));
+    } else if constexpr (kFloating<T>) {
+      StoreRaw<N>(to, key);
+    } else {
+      StoreRaw<N>(to, Convert<T, N>(key) ^ static_cast<T>(constant));
+    }
+  }
+};
+
+// ---- Sweeping a run of n elements: `most` vectors at a time (8 or 4), then four, then one. The last group overlaps the one
+// before it; a run shorter than a vector takes fewer lanes. body(lanes, vectors, position), the first two as types.
 
 template <int N>
 using Int = std::integral_constant<int, N>;
@@ -418,7 +489,14 @@ JAX_MPS_INLINE void Sweep(int64_t n, const Body& body) {
       for (; i + 8 * N <= n; i += 8 * N) body(Int<N>(), Int<8>(), i);
     }
     if constexpr (most >= 4) {
-      for (; i + 4 * N <= n; i += 4 * N) body(Int<N>(), Int<4>(), i);
+      for (; i < n; i += 4 * N) {
+        if (i + 4 * N > n) {
+          // Four vectors once more cost less than two of them one after the other.
+          if (n < 4 * N || i + N >= n) break;
+          i = n - 4 * N;
+        }
+        body(Int<N>(), Int<4>(), i);
+      }
     }
     for (; i < n; i += N) body(Int<N>(), Int<1>(), i + N <= n ? i : n - N);
   } else if constexpr (N > 1) {

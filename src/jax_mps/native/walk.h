@@ -237,16 +237,25 @@ inline void Fold(const Op& op, V state, int64_t source, int64_t count, int64_t t
 }
 
 // The reverse: every pixel of a window receives what the window holds, pixels of no window nothing.
-template <class Wide>
-inline void Fill(const Chunk& chunk, const Axis& axis, const Wide* windows, Wide* row) {
+template <class Op>
+inline void Fill(const Piece& piece, const Axis& axis, const Op& op, const typename Op::Wide* windows) {
+  const Chunk& chunk = *piece.chunk;
   int64_t pixel = chunk.begin;
+  const auto give = [&](int64_t end, typename Op::Wide value) __attribute__((always_inline)) {
+    Sweep<Op::kLanes, Op::kVectors>(end - pixel, [&](auto lanes, auto vectors, int64_t i) __attribute__((always_inline)) {
+      constexpr int kN = decltype(lanes)::value;
+      for (int v = 0; v < decltype(vectors)::value; ++v, i += kN) {
+        op.Finish(lanes, Broadcast<typename Op::Wide, kN>(value), piece.target + pixel + i);
+      }
+    });
+    pixel = end > pixel ? end : pixel;
+  };
   for (int64_t i = chunk.source_begin; i < chunk.source_end; ++i) {
     const int64_t first = axis.stride * i - axis.lo;
-    for (; pixel < first; ++pixel) row[pixel - chunk.begin] = 0;
-    const int64_t end = first + axis.kernel < chunk.end ? first + axis.kernel : chunk.end;
-    for (; pixel < end; ++pixel) row[pixel - chunk.begin] = windows[i - chunk.source_begin];
+    give(first, 0);
+    give(first + axis.kernel < chunk.end ? first + axis.kernel : chunk.end, windows[i - chunk.source_begin]);
   }
-  for (; pixel < chunk.end; ++pixel) row[pixel - chunk.begin] = 0;
+  give(chunk.end, 0);
 }
 
 // All the runs of a piece. `source` is the element of source position 0, as the runs count.
@@ -282,14 +291,13 @@ inline void Runs(const Plan& plan, const Piece& piece, const Op& op, const Reads
   }
 }
 
-// Finishes the targets of a piece from their sums.
+// Finishes n targets from their sums.
 template <class Op>
-inline void FinishRow(const Plan& plan, const Piece& piece, const Op& op, const typename Op::Wide* row) {
-  const int64_t target = piece.target + piece.chunk->begin * plan.inner;
-  Sweep<Op::kLanes, Op::kVectors>((piece.chunk->end - piece.chunk->begin) * plan.inner, [&](auto lanes, auto vectors, int64_t i) __attribute__((always_inline)) {
+inline void FinishSums(const Op op, const typename Op::Wide* sums, int64_t target, int64_t n) {
+  Sweep<kVectorBytes / sizeof(typename Op::Wide)>(n, [&](auto lanes, auto vectors, int64_t i) __attribute__((always_inline)) {
     constexpr int kN = decltype(lanes)::value;
     for (int v = 0; v < decltype(vectors)::value; ++v, i += kN) {
-      op.Finish(lanes, LoadRaw<typename Op::Wide, kN>(row + i), target + i);
+      op.Finish(lanes, LoadRaw<typename Op::Wide, kN>(sums + i), target + i);
     }
   });
 }
@@ -304,7 +312,8 @@ inline void Columns(const Plan& plan, const Piece& piece, const Op& op, const Re
       Runs(plan, piece, ToScratch<Op>(op, scratch), rows, source, 0, plan.block);
       Rearrange<false>(row, scratch, 0, piece.chunk->end - piece.chunk->begin, plan.line[2].axis.stride, plan.phase_length,
                        plan.block);
-      return FinishRow(plan, piece, op, row);
+      const Chunk& chunk = *piece.chunk;
+      return FinishSums(op, row, piece.target + chunk.begin * plan.inner, (chunk.end - chunk.begin) * plan.inner);
     }
   }
   Runs(plan, piece, op, rows, source, piece.target, plan.inner);
@@ -347,10 +356,7 @@ inline void WalkPiece(const Plan& plan, const Piece& piece, const Op& op, typena
       scratch += plan.span * plan.block;
       const Op staged = op.Stage(plan, piece, row);
       if constexpr (Op::kBackward) {
-        if (plan.folded) {
-          Fill(chunk, axis, row, scratch);
-          return FinishRow(plan, piece, staged, scratch);
-        }
+        if (plan.folded) return Fill(piece, axis, staged, row);
       }
       if (split) {
         Rearrange<true>(row, scratch, first, count, axis.stride, plan.phase_length, plan.block);
@@ -385,7 +391,7 @@ size_t ScratchBytes(const Plan& plan) {
   if (plan.phased) {
     elements += PhaseElements(plan) * (Op::kBackward || plan.staged ? 1 : plan.rows);
   }
-  if (Op::kBackward && (plan.phased || plan.folded)) elements += (plan.chunks[0].end - plan.chunks[0].begin) * plan.block;
+  if (Op::kBackward && plan.phased) elements += (plan.chunks[0].end - plan.chunks[0].begin) * plan.block;
   return elements * sizeof(typename Op::Wide);
 }
 
