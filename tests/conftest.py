@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,8 @@ from jax_mps.lowering import ffi
 sys.path.insert(0, str(Path(__file__).parent))
 pytest.register_assert_rewrite("oracle", "flax_arrays")
 
+_IMPORTS_TORCH = re.compile(r"import .*\btorch\b")
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--every", type=int, default=1, metavar="N", help="run only every N-th test")
@@ -27,7 +30,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = items[:: config.getoption("every")]
     if importlib.util.find_spec("torch") is None:
         for item in items:
-            if isinstance(item, pytest.DoctestItem) and "import torch" in (item.dtest.docstring or ""):
+            if isinstance(item, pytest.DoctestItem) and _IMPORTS_TORCH.search(item.dtest.docstring or ""):
                 item.add_marker(pytest.mark.skip("PyTorch is missing"))
 
 

@@ -191,7 +191,13 @@ OUTSIDE = {
 @pytest.mark.parametrize("rule", OUTSIDE)
 def test_what_is_outside_is_named(rule):
     f, *operands = OUTSIDE[rule]
-    found = checker.violations(jax.jit(f).trace(*operands).lower(lowering_platforms=("METAL",)))
+    try:
+        traced = jax.jit(f).trace(*operands)
+    except TypeError as error:
+        if "must be strictly increasing" not in str(error):
+            raise
+        pytest.skip("this JAX has no broadcasts that change the order")
+    found = checker.violations(traced.lower(lowering_platforms=("METAL",)))
     assert any(rule in line for line in found), found
 
 

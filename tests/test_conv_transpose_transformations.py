@@ -141,8 +141,9 @@ def test_vmap_moves_no_image_that_it_can_leave(data_format):
         ),
     }  # fmt: skip
     for name, (f, image) in functions.items():
-        equations = jax.make_jaxpr(jax.vmap(f))(image).eqns
-        assert [str(e.primitive) for e in equations] == [name]
+        primitives = [str(e.primitive) for e in jax.make_jaxpr(jax.vmap(f))(image).eqns]
+        # Old versions put the kernel, a constant, on its device.
+        assert [p for p in primitives if p != "device_put"] == [name]
 
 
 def test_300_kernels_are_one_call():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -14,6 +15,12 @@ import pytest
 
 from flax_arrays import close, needs_nnx_lists, numbers
 from jax_mps.flax import linen, nnx
+
+
+def needs_argument(module: Any) -> pytest.MarkDecorator:
+    """Skips where the layer of this Flax does not know an argument of ours."""
+    known = "preferred_element_type" in inspect.signature(module.ConvTranspose).parameters
+    return pytest.mark.skipif(not known, reason="this Flax is older than preferred_element_type")
 
 
 @pytest.fixture(autouse=True)
@@ -94,11 +101,17 @@ NNX_CASES = [
     "bfloat16",
     "bfloat16 parameters",
     "integers",
-    "wider result",
+    pytest.param("wider result", marks=needs_argument(flax.nnx)),
 ]
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=needs_argument(flax.linen)) if name == "wider result" else name
+        for name in CASES
+    ],
+)
 def test_linen_as_flax(name: str) -> None:
     case = CASES[name]
     x = image(case)
@@ -112,7 +125,13 @@ def test_linen_as_flax(name: str) -> None:
             return jnp.sum(jnp.sin(y.astype(jnp.float32))), y
 
         wanted = (0, 1) if jnp.issubdtype(x.dtype, jnp.floating) else 0
-        results.append((variables, jax.jit(jax.grad(total, wanted, has_aux=True))(variables, x)))
+        try:
+            gradient = jax.jit(jax.grad(total, wanted, has_aux=True))(variables, x)
+        except TypeError as error:
+            if module is linen or "requires arguments to have the same dtypes" not in str(error):
+                raise
+            pytest.skip("stock JAX of this version has no gradient of a wider result")
+        results.append((variables, gradient))
     (variables, ours), (flax_variables, theirs) = results
     close(variables, flax_variables, 0)
     close(ours, theirs, case.tolerance)
@@ -216,6 +235,7 @@ def test_strict_promotion() -> None:
 # --- NNX ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.skipif(not hasattr(flax.nnx, "data"), reason="the masks of this Flax are nothing for nnx.jit")
 @pytest.mark.parametrize("use_bias", [False, True])
 def test_nnx_transformations(use_bias: bool) -> None:
     x, target = jnp.ones((2, 4, 3)), jnp.zeros((2, 8, 2))

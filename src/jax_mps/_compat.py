@@ -79,17 +79,23 @@ def vary_alike(*arrays: Any) -> tuple[Any, ...]:
     """Marks every array as varying over the union of the manual mesh axes that any of them varies over.
 
     Without this a replicated operand beside a sharded one loses the sum over devices in its gradient:
-    the transpose of the mark is that sum. Does nothing outside `shard_map`, and before JAX 0.10, whose
+    the transpose of the mark is that sum. Does nothing outside `shard_map`, and before JAX 0.6, whose
     `shard_map` does not track what varies through primitives of other libraries.
     """
-    if len(arrays) < 2 or not hasattr(lax, "pcast") or not hasattr(jax, "typeof"):
+    if len(arrays) < 2 or _vary is None:
         return arrays
     varying = [_varying(a) for a in arrays]
     union = frozenset().union(*varying)
     return tuple(
-        lax.pcast(a, tuple(union - v), to="varying") if union - v else a
-        for a, v in zip(arrays, varying, strict=True)
+        _vary(a, tuple(union - v)) if union - v else a for a, v in zip(arrays, varying, strict=True)
     )
+
+
+_vary: Callable[[Any, tuple[str, ...]], Any] | None
+if hasattr(lax, "pcast"):
+    _vary = functools.partial(lax.pcast, to="varying")
+else:
+    _vary = getattr(lax, "pvary", None)  # JAX 0.6 and 0.7; None before
 
 
 def _varying(array: Any) -> frozenset[str]:
