@@ -14,6 +14,13 @@ import pytest
 
 from jax_mps.lowering import ffi
 
+# Compiling takes most of the time of these tests, and optimising most of that. XLA reads this when it
+# compiles its first program. `.ci/versions` has everything optimised.
+FLAGS = os.environ.get("XLA_FLAGS", "")
+if "xla_backend_optimization_level" not in FLAGS:
+    HASTE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    os.environ["XLA_FLAGS"] = f"{FLAGS} {HASTE}".lstrip()
+
 # `--import-mode=importlib` leaves this folder off the path, and tests share `oracle.py`.
 sys.path.insert(0, str(Path(__file__).parent))
 pytest.register_assert_rewrite("oracle", "flax_arrays")

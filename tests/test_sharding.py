@@ -147,7 +147,9 @@ class TestShardMap:
           for specs in ((P("d"), P()), (P(), P("d")))),
     )  # fmt: skip
 
-    @pytest.mark.parametrize("devices", [2, 4])
+    @pytest.mark.parametrize(
+        ("devices", "implementation"), [(2, "xla"), (4, "native")], indirect=["implementation"]
+    )
     @pytest.mark.parametrize(("name", "specs"), SPECS, ids=lambda v: v if isinstance(v, str) else str(len(v)))
     def test_values_and_derivatives(self, name, specs, devices, implementation):
         # A replicated operand has the batch of one device, and meets every part of the sharded ones.

@@ -86,16 +86,13 @@ def vary_alike(*arrays: Any) -> tuple[Any, ...]:
         return arrays
     varying = [_varying(a) for a in arrays]
     union = frozenset().union(*varying)
-    return tuple(
-        _vary(a, tuple(union - v)) if union - v else a for a, v in zip(arrays, varying, strict=True)
-    )
+    return tuple(_vary(a, tuple(union - v)) if union - v else a for a, v in zip(arrays, varying, strict=True))
 
 
-_vary: Callable[[Any, tuple[str, ...]], Any] | None
-if hasattr(lax, "pcast"):
-    _vary = functools.partial(lax.pcast, to="varying")
-else:
-    _vary = getattr(lax, "pvary", None)  # JAX 0.6 and 0.7; None before
+# pvary is for JAX 0.6 and 0.7; before there was neither.
+_vary: Callable[[Any, tuple[str, ...]], Any] | None = (
+    functools.partial(lax.pcast, to="varying") if hasattr(lax, "pcast") else getattr(lax, "pvary", None)
+)
 
 
 def _varying(array: Any) -> frozenset[str]:
