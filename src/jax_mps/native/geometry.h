@@ -118,7 +118,7 @@ struct Strips {
 
   int64_t units() const { return outer * line[0].targets() * count; }
   int64_t pitch() const { return line[2].sources() * inner; }
-  int64_t copied() const { return planes * height * pitch(); }
+  int64_t copied() const { return (planes * height * pitch() + 1) / 2 * 2; }  // even: what follows is aligned, too
   int64_t sums() const { return line[2].axis.stride * (rows / line[1].axis.stride) * pitch(); }
 };
 
