@@ -19,7 +19,7 @@ from jax_mps.flax import linen, nnx
 
 def needs_argument(module: Any) -> pytest.MarkDecorator:
     """Skips where the layer of this Flax does not know an argument of ours."""
-    known = "preferred_element_type" in inspect.signature(module.ConvTranspose).parameters
+    known = "preferred_element_type" in inspect.signature(module.ConvTranspose.__init__).parameters
     return pytest.mark.skipif(not known, reason="this Flax is older than preferred_element_type")
 
 
