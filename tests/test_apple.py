@@ -194,7 +194,7 @@ def test_what_is_outside_is_named(rule):
     try:
         traced = jax.jit(f).trace(*operands)
     except TypeError as error:
-        if "must be strictly increasing" not in str(error):
+        if jax.__version_info__ >= (0, 10, 2) or "must be strictly increasing" not in str(error):
             raise
         pytest.skip("this JAX has no broadcasts that change the order")
     found = checker.violations(traced.lower(lowering_platforms=("METAL",)))

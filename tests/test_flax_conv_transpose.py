@@ -128,7 +128,8 @@ def test_linen_as_flax(name: str) -> None:
         try:
             gradient = jax.jit(jax.grad(total, wanted, has_aux=True))(variables, x)
         except TypeError as error:
-            if module is linen or "requires arguments to have the same dtypes" not in str(error):
+            stock_is_old = module is flax.linen and jax.__version_info__ < (0, 10, 2)
+            if not stock_is_old or "requires arguments to have the same dtypes" not in str(error):
                 raise
             pytest.skip("stock JAX of this version has no gradient of a wider result")
         results.append((variables, gradient))

@@ -143,7 +143,7 @@ def test_orbax_linen(tmp_path: Path) -> None:
         try:
             checkpointer.save(tmp_path / "old", trained)
         except AttributeError as error:
-            if "record_scalar" not in str(error):
+            if jax.__version_info__ >= (0, 6) or "record_scalar" not in str(error):
                 raise
             pytest.skip("this Orbax wants a newer JAX")
         checkpointer.wait_until_finished()
