@@ -66,7 +66,7 @@ __attribute__((always_inline)) inline void Unroll(const Body& body) {
 // target[row][lane] = sum over taps and elements. `weights` is the panel [step][V vectors]. If `across`, lanes of the source
 // meet lanes of the panel; else each element of the source meets all of them.
 template <bool across, int R, int V, class S, class T>
-__attribute__((noinline)) void MultiplyTile(const S* source, T* target, const Row* rows, const Tap* taps, int64_t tap_count,
+__attribute__((noinline, flatten)) void MultiplyTile(const S* source, T* target, const Row* rows, const Tap* taps, int64_t tap_count,
                                             const T* weights) {
   constexpr int kN = kLanes<T>;
   Vec<T, kN> sum[R][V];
@@ -118,6 +118,7 @@ inline void MultiplyPanel(int64_t vectors, int64_t count, const S* source, T* ta
       return MultiplyPanel<across, V - 1>(vectors, count, source, target, rows, taps, tap_count, weights);
     }
   }
+  if (count <= kRows) return MultiplyRows<across, kRows, V>(count, source, target, rows, taps, tap_count, weights);
   // Tiles of equal height: 16 rows are 6, 5 and 5.
   const int64_t tiles = (count + kRows - 1) / kRows;
   for (int64_t t = 0; t < tiles; ++t) {
@@ -441,6 +442,7 @@ struct Gather {
           in[2] = Inside(*s[2], box.range[3]);
           if (in[2].begin >= in[2].end) continue;
           int64_t count = 0;
+          const Row step = {s[2]->source_step * from_view.stride[3], s[2]->step * to_view.stride[3]};
           for (int64_t n = box.range[0].begin; n < box.range[0].end; ++n) {
             const auto at = [&](int axis, int64_t u, const Row& row) {
               return Row{row.source + from_view.at(axis + 1, s[axis]->source + s[axis]->source_step * u),
@@ -450,7 +452,10 @@ struct Gather {
               const Row plane = at(0, i, {from_view.at(0, n), to_view.at(0, n)});
               for (int64_t j = in[1].begin; j < in[1].end; ++j) {
                 const Row line = at(1, j, plane);
-                for (int64_t k = in[2].begin; k < in[2].end; ++k) rows[count++] = at(2, k, line);
+                Row row = at(2, in[2].begin, line);
+                for (int64_t k = in[2].begin; k < in[2].end; ++k, row.source += step.source, row.target += step.target) {
+                  rows[count++] = row;
+                }
               }
             }
           }
@@ -465,15 +470,17 @@ struct Gather {
   void MultiplyAll(int64_t count, const S* from, T* to, int64_t group_pitch, const Row* rows, const Tap* taps,
                    int64_t tap_count, Interval panels) const {
     const Lanes<T>& lanes = weights.lanes;
+    const int64_t panels_of_group = lanes.panels(), first = panels.begin / panels_of_group;
     // Across, a row is short work: finish the channels of few rows before the next ones.
     const int64_t some = across ? kRows : count;
     for (int64_t begin = 0; begin < count; begin += some) {
+      int64_t group = first, number = panels.begin - first * panels_of_group;
       for (int64_t p = panels.begin; p < panels.end; ++p) {
-        const int64_t group = p / lanes.panels();
-        const Panel panel = lanes.panel(p % lanes.panels());
+        const Panel panel = lanes.panel(number);
         MultiplyPanel<across, kPanel>(panel.vectors, Least(some, count - begin), from + (across ? panel.start : group * depth),
                                       to + group * group_pitch + panel.start, rows + begin, taps, tap_count,
                                       weights.data + group * weights.group_size() + panel.first * weights.steps * kN);
+        if (++number == panels_of_group) number = 0, ++group;
       }
     }
   }

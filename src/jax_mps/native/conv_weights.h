@@ -128,35 +128,50 @@ struct Columns {
   }
 };
 
-// sum[r][v] += rows[window][r] * panel[window][v] over a block of windows.
-template <int R, int V, class T>
-__attribute__((noinline)) void MultiplyBlock(int64_t windows, const T* rows, const T* panel, T* sums) {
+// A row of weights: where it reads and where its sums are.
+template <class T>
+struct WeightRow {
+  const T* from;
+  T* to;
+};
+
+// to[r][v] += from[r][window] * panel[window][v], over the windows. If `packed`, window after window of the rows is adjacent.
+template <bool packed, int R, int V, class T>
+__attribute__((noinline, flatten)) void MultiplyBlock(int64_t windows, const WeightRow<T>* rows, int64_t row_step, const T* panel,
+                                             int64_t panel_step) {
   constexpr int kN = kLanes<T>;
+  if constexpr (packed) row_step = R, panel_step = V * kN;
   Vec<T, kN> sum[R][V];
-  Unroll<R>([&](int r) { Unroll<V>([&](int v) { sum[r][v] = Vec<T, kN>{}; }); });
-  for (int64_t w = 0; w < windows; ++w, rows += R, panel += V * kN) {
+  const T* from[R];
+  Unroll<R>([&](int r) {
+    from[r] = rows[r].from;
+    Unroll<V>([&](int v) { sum[r][v] = Vec<T, kN>{}; });
+  });
+  const int64_t end = windows * row_step;
+  for (int64_t i = 0; i < end; i += row_step, panel += panel_step) {
     Vec<T, kN> vector[V];
     Unroll<V>([&](int v) { vector[v] = LoadRaw<T, kN>(panel + v * kN); });
     Unroll<R>([&](int r) {
-      const auto element = Broadcast<T, kN>(rows[r]);
+      const auto element = Broadcast<T, kN>(packed ? from[0][i + r] : from[r][i]);
       Unroll<V>([&](int v) { sum[r][v] += element * vector[v]; });
     });
   }
   Unroll<R * V>([&](int i) {
-    T* to = sums + i * kN;
+    T* to = rows[i / V].to + i % V * kN;
     StoreRaw<kN>(to, LoadRaw<T, kN>(to) + sum[i / V][i % V]);
   });
 }
 
-template <int R, int V, class T>
-inline void MultiplyBlock(int64_t height, int64_t vectors, int64_t windows, const T* rows, const T* panel, T* sums) {
+template <bool packed, int R = kRows, int V = kPanel, class T>
+inline void MultiplyBlock(int64_t height, int64_t vectors, int64_t windows, const WeightRow<T>* rows, int64_t row_step,
+                          const T* panel, int64_t panel_step) {
   if constexpr (V > 1) {
-    if (vectors < V) return MultiplyBlock<R, V - 1>(height, vectors, windows, rows, panel, sums);
+    if (vectors < V) return MultiplyBlock<packed, R, V - 1>(height, vectors, windows, rows, row_step, panel, panel_step);
   }
   if constexpr (R > 1) {
-    if (height < R) return MultiplyBlock<R - 1, V>(height, vectors, windows, rows, panel, sums);
+    if (height < R) return MultiplyBlock<packed, R - 1, V>(height, vectors, windows, rows, row_step, panel, panel_step);
   }
-  MultiplyBlock<R, V>(windows, rows, panel, sums);
+  MultiplyBlock<packed, R, V>(windows, rows, row_step, panel, panel_step);
 }
 
 // The shared part: where partial sums go, and how they become the result.
@@ -346,8 +361,10 @@ struct WeightTask {
         for (int64_t i = t.begin; i < t.end; ++i) {
           const Interval height = Height(i);
           T* to = sums + ((i - t.begin) * panels_of_block() + q - p.begin) * kTile;
-          MultiplyBlock<kRows, kPanel>(height.end - height.begin, panel.vectors, count, packed_rows + (i - t.begin) * kRows * kBlock,
-                                       packed_panel, to);
+          const int64_t h = height.end - height.begin;
+          WeightRow<T> tile[kRows];
+          for (int64_t r = 0; r < h; ++r) tile[r] = {packed_rows + (i - t.begin) * kRows * kBlock + r, to + r * pitch};
+          MultiplyBlock<true>(h, panel.vectors, count, tile, h, packed_panel, pitch);
           if (repair) Repair(pieces, rows, columns, i, q, to);
         }
       }
@@ -366,6 +383,107 @@ struct WeightTask {
           }
           tile += panel.vectors * kN;
         }
+      }
+    }
+    return true;
+  }
+};
+
+// Few weights: their operands are read where they lie, as packing them would take as long as the products.
+template <class T>
+struct DirectTask {
+  const ConvProblem& problem;
+  KernelLayout layout;
+  Columns<T, T> row_side, lane_side;  // the image and the source, of group 0
+  Partial<T> partial;
+  int64_t windows;
+
+  int64_t rows() const { return row_side.runs * row_side.width; }
+  int64_t units() const { return problem.groups * partial.splits; }
+
+  // The windows of a piece for which an element of a line is inside the image.
+  static Interval Inside(const typename Columns<T, T>::Line& line, int64_t first, int64_t count) {
+    if (first >= line.limit) return {0, 0};
+    const int64_t begin = first >= 0 ? 0 : (line.step - 1 - first) / line.step;
+    const bool whole = first + (count - 1) * line.step < line.limit;
+    return {begin, whole ? count : (line.limit - 1 - first) / line.step + 1};
+  }
+
+  // Sums of a piece, one row after the other in each panel.
+  void Add(const Piece& piece, const Columns<T, T>& image, const Columns<T, T>& source, T* sums) const {
+    constexpr int kN = kLanes<T>;
+    const Lanes<T> lanes = {source.width};
+    const auto line = source.At(piece, {});
+    const int64_t height = rows(), tiles = (height + kRows - 1) / kRows, most = (height + tiles - 1) / tiles;
+    auto row = image.At(piece, image.OriginOf(0));
+    for (int64_t r = 0, run = 0, column = 0; r < height;) {
+      WeightRow<T> tile[kRows];
+      Interval inside[kRows], all = {0, piece.count};  // windows of a row; of all rows
+      int64_t number[kRows], count = 0;
+      for (const int64_t end = Least(r + most, height); r < end; ++r, ++column) {
+        if (column == image.width) {
+          column = 0;
+          row = image.At(piece, image.OriginOf(++run));
+        }
+        const Interval windows = Inside(row, row.first + column, piece.count);
+        if (windows.begin >= windows.end) continue;
+        tile[count].from = row.data + row.first + column;
+        inside[count] = windows;
+        number[count++] = r;
+        all = {Most(all.begin, windows.begin), Least(all.end, windows.end)};
+      }
+      if (count == 0) continue;
+      if (all.begin >= all.end) all = {0, 0};
+      const int64_t step = problem.axis[2].stride * image.array.channels;
+      for (int64_t q = 0; q < lanes.panels(); ++q) {
+        const Panel panel = lanes.panel(q);
+        const auto multiply = [&](int64_t i, int64_t n, int64_t begin, int64_t end) {
+          if (begin >= end) return;
+          WeightRow<T> some[kRows];
+          for (int64_t j = 0; j < n; ++j) {
+            T* to = sums + (panel.first * height + number[i + j] * panel.vectors) * kN;
+            some[j] = {tile[i + j].from + begin * step, to};
+          }
+          const T* from = line.data + line.first + begin * line.step + panel.start;
+          MultiplyBlock<false>(n, panel.vectors, end - begin, some, step, from, line.step);
+        };
+        multiply(0, count, all.begin, all.end);
+        // What is inside for some rows alone; neighbours that agree go together.
+        for (int64_t i = 0, n; i < count; i += n) {
+          const Interval mine = inside[i];
+          for (n = 1; i + n < count && inside[i + n].begin == mine.begin && inside[i + n].end == mine.end;) ++n;
+          multiply(i, n, mine.begin, all.end > 0 ? all.begin : mine.end);
+          if (all.end > 0) multiply(i, n, all.end, mine.end);
+        }
+      }
+    }
+  }
+
+  bool Work(int64_t unit) const {
+    constexpr int kN = kLanes<T>;
+    const int64_t split = unit % partial.splits, group = unit / partial.splits, height = rows();
+    Columns<T, T> image = row_side, source = lane_side;
+    image.group = group * problem.out / problem.groups;
+    source.group = group * problem.in / problem.groups;
+    const Lanes<T> lanes = {source.width};
+    const int64_t numbers = height * lanes.vectors() * kN;
+    T* sums = static_cast<T*>(Scratch(numbers * sizeof(T) + kBlock * sizeof(Piece)));
+    if (sums == nullptr) return false;
+    Piece* list = reinterpret_cast<Piece*>(sums + numbers);
+    for (int64_t i = 0; i < numbers; ++i) sums[i] = 0;
+    const int64_t end = windows * (split + 1) / partial.splits;
+    for (int64_t begin = windows * split / partial.splits; begin < end; begin += kBlock) {
+      const int64_t pieces = ListPieces(problem, {begin, Least(begin + kBlock, end)}, list);
+      for (const Piece& piece : Pieces{list, pieces}) Add(piece, image, source, sums);
+    }
+    T* to = partial.sums + split * partial.size + layout.base + group * layout.group;
+    for (int64_t q = 0; q < lanes.panels(); ++q) {
+      const Panel panel = lanes.panel(q);
+      const T* from = sums + panel.first * height * kN;
+      for (int64_t r = 0; r < height; ++r, from += panel.vectors * kN) {
+        const int64_t out = problem.out / problem.groups, tap = r / image.width * image.run_taps + r % image.width / out;
+        T* row = to + tap * layout.tap + r % image.width % out * layout.out;
+        for (int64_t lane = 0; lane < panel.vectors * kN; ++lane) row[(panel.start + lane) * layout.in] = from[lane];
       }
     }
     return true;
@@ -508,6 +626,12 @@ bool WeightGradientOf(const ConvProblem& problem, const Array<const G>& image, c
     const int64_t run_taps = joined ? problem.axis[2].kernel : 1;
     const Columns<G, T> image_side = {problem, image, true, taps / run_taps, run_taps * out, run_taps, 0};
     const Columns<G, T> source_side = {problem, source, false, 1, in, 1, 0};
+    // Measured: with as many rows as there are windows in a line, what a line costs at its ends outweighs the packing.
+    if constexpr (std::is_same_v<G, T>) {
+      if (in >= kLanes<T> && taps * out <= Least(problem.axis[2].windows, 128)) {
+        return finish(DirectTask<T>{problem, layout, image_side, source_side, {nullptr, size, split(problem.groups)}, windows});
+      }
+    }
     const bool swap = in < kLanes<T> && image_side.width > in;
     WeightTask<G, T> task = {problem, layout, swap ? source_side : image_side, swap ? image_side : source_side,
                              {nullptr, size, 1}, windows, 0, 0, 0, 0, 0};

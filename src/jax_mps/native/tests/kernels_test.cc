@@ -589,7 +589,7 @@ ConvProblem RandomConvolution(Type type) {
       break;
     case 1:  // grouped
       p.groups = random_number(2, 4);
-      p.in = p.groups * random_number(1, 6);
+      p.in = p.groups * (random_number.OneIn(2) ? random_number(1, 6) : random_number(8, 20));
       p.out = p.groups * random_number(1, 20);
       break;
     default:  // dense, to few or to many channels
@@ -599,7 +599,7 @@ ConvProblem RandomConvolution(Type type) {
   }
   for (ConvAxis& axis : p.axis) axis = ConvAxis();
   const int64_t rank = random_number(1, 3);
-  const int64_t windows[] = {0, 30, 7, 4}, taps[] = {0, 9, 4, 3};
+  const int64_t windows[] = {0, 60, 7, 4}, taps[] = {0, 9, 4, 3};
   for (int64_t a = 3 - rank; a < 3; ++a) {
     ConvAxis& axis = p.axis[a];
     axis.windows = random_number(1, windows[rank]);
