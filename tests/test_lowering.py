@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import grid
 import jax_mps
 import oracle
 from jax_mps.bench.shapes import POOLING
@@ -126,7 +127,11 @@ WINDOWS = {
 @pytest.mark.parametrize(
     ("window", "platform"),
     # One rule serves all platforms, so one window shows it for all; Apple's is the most particular.
-    [*((window, "METAL") for window in WINDOWS), *(("k3 s2 p1", other) for other in ("cuda", "mps", "tpu"))],
+    [
+        *((window, "METAL") for window in WINDOWS),
+        *(("k3 s2 p1", other) for other in ("cuda", "mps", "tpu")),
+        ("k3 s1 d6 p6", "cuda"),  # has a form of its own
+    ],
 )
 @pytest.mark.parametrize("kind", ["max", "max with indices", "avg", "avg without padding", "l2"])
 def test_every_platform_gets_only_operations_that_all_have(kind, window, platform):
@@ -141,6 +146,33 @@ def test_every_platform_gets_only_operations_that_all_have(kind, window, platfor
     forward = Program(function, (jax.ShapeDtypeStruct((2, *spatial, 3), np.float32),))
     for program in ({"both results": forward} | programs(pool, (2, *spatial, 3))).values():
         check_is_portable(program.lower(platform))
+
+
+@pytest.mark.parametrize("data_format", grid.FORMATS)
+@pytest.mark.parametrize(
+    "window",
+    [
+        {"window_shape": (3, 3), "padding": 6, "window_dilation": 6},
+        {"window_shape": (2, 4), "padding": ((1, -2), (3, 0)), "window_dilation": (3, 1)},
+        {"window_shape": (2, 2, 2), "padding": 1},
+        {"window_shape": (9,), "padding": "SAME"},
+    ],
+    ids=lambda window: "x".join(map(str, window["window_shape"])),
+)
+@pytest.mark.parametrize("dtype", ["float32", "int32"])
+def test_max_pool_of_cuda_has_the_same_values(dtype, window, data_format, monkeypatch):
+    """What CUDA gets where it has a form of its own, run on the CPU."""
+    rank = len(window["window_shape"])
+    x = oracle.tied(oracle.images(rank, data_format), np.dtype(dtype))
+    if dtype == "float32":
+        x.flat[[3, 50, 51]] = np.nan, np.inf, -np.inf
+    pool = functools.partial(jax_mps.max_pool, **window, strides=1, data_format=data_format)
+    text = lower(pool, x, platform="cuda").as_text()
+    monkeypatch.setattr("jax_mps.lowering.platform_of", lambda ctx: "cuda")
+    lowered = jax.jit(functools.partial(pool, implementation="xla")).lower(x)
+    assert lowered.as_text().count("stablehlo.slice") == text.count("stablehlo.slice")
+    expected, _ = oracle.max_pool(x, **window, strides=1, data_format=data_format)
+    oracle.assert_same(lowered.compile()(x), expected)
 
 
 @pytest.mark.parametrize("platform", ["cuda", "METAL"])

@@ -9,7 +9,7 @@ arithmetic. The size of a program depends on the window alone, and at most on it
 * More taps are combined by doubling: the result for 2m neighbouring taps is the combination of two
   results for m taps, one shifted by m.
 
-Axes are taken one after the other. An argmax survives that, because the innermost axis is reduced first
+Axes are taken one after the other, but for a few maxima on CUDA (`_at_once_on_cuda`). An argmax survives that, because the innermost axis is reduced first
 and every combination prefers its left side; so does the routing of values to and from the argmax,
 because the windows that choose their maximum inside a common part of the image choose the same pixel
 (`_Routes`).
@@ -23,7 +23,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -205,9 +205,11 @@ def _spread(g: Array, axis: Axis, dim: int) -> Array:
 # --- max ----------------------------------------------------------------------------------------------
 
 
-@_primitive()
-def max_pool(x: Array, *, window: Window, start: int) -> Array:
+@_primitive(by_platform=True)
+def max_pool(x: Array, *, window: Window, start: int, platform: Platform) -> Array:
     lowest = _lowest(x.dtype)
+    if platform == "cuda" and _at_once_on_cuda(x, window):
+        return functools.reduce(lax.max, _each_tap(x, window, start, lowest))
 
     def combine(a: State, b: State, _: int) -> State:
         return (lax.max(a[0], b[0]),)
@@ -216,6 +218,28 @@ def max_pool(x: Array, *, window: Window, start: int) -> Array:
         return _reduce_max(a, (dim,))
 
     return _fold_window((x,), window, start, combine, (lowest,), reduce=reduce, idempotent=True)[0]
+
+
+def _at_once_on_cuda(x: Array, window: Window) -> bool:
+    """Whether one pass over all taps beats a pass an axis.
+
+    Measured on an H100, microseconds for one pass and for one an axis: 3 x 3 windows of float32 with stride 1
+    73 and 98 (dilated, `aspp`), 40 and 44 (`inception_max`); of bfloat16 75 and 60, 40 and 33; with stride 2
+    95 and 91 (`resnet_stem`); 5 x 5 windows 219 and 106.
+    """
+    return window.taps <= _WINDOWS and x.dtype.itemsize >= 4 and all(a.stride == 1 for a in window.axes)
+
+
+def _each_tap(x: Array, window: Window, start: int, fill: Any) -> Iterator[Array]:
+    """What every window sees through one tap, tap after tap."""
+    for i, axis in enumerate(window.axes, start):
+        x = cover(x, axis, i, fill)
+    for taps in itertools.product(*(range(n) for n in window.kernel)):
+        starts, limits, strides = [0] * x.ndim, list(x.shape), [1] * x.ndim
+        for i, (axis, k) in enumerate(zip(window.axes, taps, strict=True), start):
+            starts[i], strides[i] = k * axis.dilation, axis.stride
+            limits[i] = starts[i] + (axis.out - 1) * axis.stride + 1
+        yield lax.slice(x, starts, limits, strides)
 
 
 @_primitive(by_platform=True)
@@ -378,18 +402,11 @@ def max_pool_take(t: Array, tap: Array, *, window: Window, start: int, platform:
         return lax.reduce(values, _scalar(0, t.dtype), lax.add, dims)  # one term a block, so exact
     if window.taps > _TAPS:
         return _Routes(tap, window, start).take(t)
-    for i, axis in enumerate(window.axes, start):
-        t = cover(t, axis, i, 0)
     parts, size = [], _APPLE_TAPS if platform == "apple" else _TAPS
-    for number, taps in enumerate(itertools.product(*(range(n) for n in window.kernel))):
+    for number, seen in enumerate(_each_tap(t, window, start, 0)):
         if number % size == 0:
             parts.append(lax.full_like(t, 0, shape=tap.shape))
-        starts, limits, strides = [0] * t.ndim, list(t.shape), [1] * t.ndim
-        for i, (axis, k) in enumerate(zip(window.axes, taps, strict=True), start):
-            starts[i], strides[i] = k * axis.dilation, axis.stride
-            limits[i] = starts[i] + (axis.out - 1) * axis.stride + 1
-        hit = lax.eq(tap, _full(tap, number))
-        parts[-1] = lax.select(hit, lax.slice(t, starts, limits, strides), parts[-1])
+        parts[-1] = lax.select(lax.eq(tap, _full(tap, number)), seen, parts[-1])
     return add_up(parts, 1)
 
 
