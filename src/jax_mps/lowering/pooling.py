@@ -9,10 +9,10 @@ arithmetic. The size of a program depends on the window alone, and at most on it
 * More taps are combined by doubling: the result for 2m neighbouring taps is the combination of two
   results for m taps, one shifted by m.
 
-Axes are taken one after the other, but for a few maxima on CUDA (`_at_once_on_cuda`). An argmax survives that, because the innermost axis is reduced first
-and every combination prefers its left side; so does the routing of values to and from the argmax,
-because the windows that choose their maximum inside a common part of the image choose the same pixel
-(`_Routes`).
+Axes are taken one after the other, but for some maxima on CUDA (`_at_once_on_cuda`). An argmax survives
+that, because the innermost axis is reduced first and every combination prefers its left side; so does the
+routing of values to and from the argmax, because the windows that choose their maximum inside a common
+part of the image choose the same pixel (`_Routes`).
 
 Apple's plugins get the same, with four differences: arrays with few axes, sums and choices of many taps in
 parts that one kernel can read, no quotients of integers, and no scatter and gather in unpooling.
