@@ -153,10 +153,21 @@ inline Vec<To, N> Convert(V v) {
     Vec<To, N> to;
     if (Resize<To, From, N>(v, to)) return to;
   }
-#if defined(__aarch64__)
-  if constexpr (N == 2 && std::is_same_v<From, float> && std::is_same_v<To, double>) {
-    return Bits<Vec<To, N>>(vcvt_f64_f32(Bits<float32x2_t>(v)));
+  // The compiler would convert halves of a vector and put them together.
+  if constexpr (std::is_same_v<From, float> && std::is_same_v<To, double>) {
+#if defined(__AVX512F__)
+    if constexpr (N == 8) return Bits<Vec<To, N>>(_mm512_maskz_cvtps_pd(0xff, Bits<__m256>(v)));
+#endif
+#if defined(__AVX__)
+    if constexpr (N == 4) return Bits<Vec<To, N>>(_mm256_cvtps_pd(Bits<__m128>(v)));
+#endif
+#if defined(__SSE2__)
+    if constexpr (N == 2) return Bits<Vec<To, N>>(_mm_cvtps_pd(_mm_castsi128_ps(_mm_cvtsi64_si128(Bits<int64_t>(v)))));
+#elif defined(__aarch64__)
+    if constexpr (N == 2) return Bits<Vec<To, N>>(vcvt_f64_f32(Bits<float32x2_t>(v)));
+#endif
   }
+#if defined(__aarch64__)
   if constexpr (N == 2 && std::is_same_v<From, double> && std::is_same_v<To, float>) {
     return Bits<Vec<To, N>>(vcvt_f32_f64(Bits<float64x2_t>(v)));
   }
