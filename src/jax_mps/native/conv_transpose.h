@@ -64,10 +64,11 @@ __attribute__((always_inline)) inline void Unroll(const Body& body) {
 }
 
 // target[row][lane] = sum over taps and elements. `weights` is the panel [step][V vectors]. If `across`, lanes of the source
-// meet lanes of the panel; else each element of the source meets all of them.
+// meet lanes of the panel; else each element of the source meets all of them. Flattened: a lambda that were called would find
+// the sums in memory.
 template <bool across, int R, int V, class S, class T>
-__attribute__((noinline, flatten)) void MultiplyTile(const S* source, T* target, const Row* rows, const Tap* taps, int64_t tap_count,
-                                            const T* weights) {
+__attribute__((noinline, flatten)) void MultiplyTile(const S* source, T* target, const Row* rows, const Tap* taps,
+                                                     int64_t tap_count, const T* weights) {
   constexpr int kN = kLanes<T>;
   Vec<T, kN> sum[R][V];
   const S* from[R];

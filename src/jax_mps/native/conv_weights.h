@@ -135,10 +135,10 @@ struct WeightRow {
   T* to;
 };
 
-// to[r][v] += from[r][window] * panel[window][v], over the windows. If `packed`, window after window of the rows is adjacent.
+// to[r][v] += from[r][window] * panel[window][v], over the windows. If `packed`, rows and panel are adjacent window by window.
 template <bool packed, int R, int V, class T>
-__attribute__((noinline, flatten)) void MultiplyBlock(int64_t windows, const WeightRow<T>* rows, int64_t row_step, const T* panel,
-                                             int64_t panel_step) {
+__attribute__((noinline, flatten)) void MultiplyBlock(int64_t windows, const WeightRow<T>* rows, int64_t row_step,
+                                                      const T* panel, int64_t panel_step) {
   constexpr int kN = kLanes<T>;
   if constexpr (packed) row_step = R, panel_step = V * kN;
   Vec<T, kN> sum[R][V];

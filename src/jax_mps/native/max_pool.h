@@ -26,6 +26,14 @@ struct MaxValue {
   // A NaN is taken and never given up.
   template <class V>
   static void Merge(V& best, V value) {
+#if defined(__aarch64__)
+    // Said as for others below, it becomes a comparison that NEON does not have.
+    if constexpr (kFloating<T>) {
+      const auto wins = (value > best) | (value != value);
+      best = wins ? value : best;
+      return;
+    }
+#endif
     best = value > best ? value : best;
     if constexpr (kFloating<T>) best = value != value ? value : best;
   }

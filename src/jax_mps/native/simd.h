@@ -31,17 +31,21 @@ inline Vec<T, N> LoadRaw(const T* from) {
   return v;
 }
 
-template <int N, class T, class V>
-inline void StoreRaw(T* to, V v) {
-  __builtin_memcpy(to, &v, N * sizeof(T));
-}
-
 template <class To, class V>
 inline To Bits(V v) {
   static_assert(sizeof(To) == sizeof(V));
   To to;
   __builtin_memcpy(&to, &v, sizeof v);
   return to;
+}
+
+template <int N, class T, class V>
+inline void StoreRaw(T* to, V v) {
+#if defined(__aarch64__)
+  // A copy of 16 bytes would go through two general registers.
+  if constexpr (N * sizeof(T) == 16 && sizeof(V) == 16) return vst1q_u8(reinterpret_cast<uint8_t*>(to), Bits<uint8x16_t>(v));
+#endif
+  __builtin_memcpy(to, &v, N * sizeof(T));
 }
 
 template <class T, int N>
@@ -117,8 +121,10 @@ inline bool Resize(Vec<From, N> v, Vec<To, N>& to) {
   // Steps of two; a narrow side of four bytes rides in eight.
   constexpr int kNarrow = sizeof v < sizeof to ? sizeof v : sizeof to;
   if constexpr ((kNarrow == 4 || kNarrow == 8) && kTo == 2 * kFrom) {
-    Vec<uint8_t, 8> x{};
-    __builtin_memcpy(&x, &v, sizeof v);
+    const auto x = [&] {
+      if constexpr (sizeof v == 4) return vdup_n_u32(Bits<uint32_t>(v));
+      else return Bits<uint32x2_t>(v);
+    }();
     const auto wide = [&] {
       if constexpr (kFrom == 1 && kSigned) return vmovl_s8(Bits<int8x8_t>(x));
       if constexpr (kFrom == 1 && !kSigned) return vmovl_u8(Bits<uint8x8_t>(x));
@@ -131,8 +137,10 @@ inline bool Resize(Vec<From, N> v, Vec<To, N>& to) {
     return true;
   }
   if constexpr ((kNarrow == 4 || kNarrow == 8) && kFrom == 2 * kTo) {
-    Vec<uint8_t, 16> x{};
-    __builtin_memcpy(&x, &v, sizeof v);
+    const auto x = [&] {
+      if constexpr (sizeof v == 8) return vcombine_u32(Bits<uint32x2_t>(v), Bits<uint32x2_t>(v));
+      else return Bits<uint32x4_t>(v);
+    }();
     const auto narrow = [&] {
       if constexpr (kTo == 1) return vmovn_u16(Bits<uint16x8_t>(x));
       if constexpr (kTo == 2) return vmovn_u32(Bits<uint32x4_t>(x));
