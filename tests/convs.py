@@ -138,6 +138,9 @@ CASES = {
     "volume-depthwise": Conv((2, 3, 2), (3, 2, 3), 2, 1, (1, 0, 1), 1, 3, 3, 3, True),
     "volume-dilated": Conv((3, 2, 3), (2, 2, 3), (1, 2, 1), ((1, 0), (0, 1), (2, 2)), 0, (2, 1, 2)),
     "volume-same": Conv((2, 3, 2), (2, 3, 2), (1, 2, 3), "SAME", transpose_kernel=True),
+    # so few weights for long lines that the native kernel reads its operands where they lie
+    "few-weights": Conv((40,), (4,), 2, 1, inputs=20, outputs=3),
+    "few-weights-groups": Conv((3, 22), (2, 3), 2, ((1, 0), (3, 2)), 0, (1, 2), 36, 4, 2),
 }
 
 

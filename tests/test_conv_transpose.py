@@ -337,6 +337,8 @@ SPECIAL = [
     "depthwise-dilated",
     "groups",
     "mixed",
+    "few-weights",
+    "few-weights-groups",
 ]
 
 
