@@ -140,7 +140,7 @@ template <bool packed, int R, int V, class T>
 __attribute__((noinline, flatten)) void MultiplyBlock(int64_t windows, const WeightRow<T>* rows, int64_t row_step,
                                                       const T* panel, int64_t panel_step) {
   constexpr int kN = kLanes<T>;
-  if constexpr (packed) row_step = R, panel_step = V * kN;
+  if constexpr (packed) row_step = R, panel_step = V * kN;  // the same, as constants
   Vec<T, kN> sum[R][V];
   const T* from[R];
   Unroll<R>([&](int r) {
