@@ -228,15 +228,25 @@ inline Box Whole(const Array<E>& array, int64_t batch) {
   return {{{0, batch}, {0, array.size[0]}, {0, array.size[1]}, {0, array.size[2]}}};
 }
 
+// The lanes `lane` of two vectors of four; the second's are 4 to 7.
+template <int... lane, class V>
+inline V Shuffle(V a, V b) {
+#if defined(__clang__) || __GNUC__ >= 12
+  return __builtin_shufflevector(a, b, lane...);
+#else
+  return V{(lane < 4 ? a[lane & 3] : b[lane & 3])...};
+#endif
+}
+
 // Four vectors as the columns of what they were the rows of.
 template <class V>
 inline void Transpose(V (&m)[4]) {
-  const V a = {m[0][0], m[1][0], m[0][1], m[1][1]}, b = {m[0][2], m[1][2], m[0][3], m[1][3]};
-  const V c = {m[2][0], m[3][0], m[2][1], m[3][1]}, d = {m[2][2], m[3][2], m[2][3], m[3][3]};
-  m[0] = V{a[0], a[1], c[0], c[1]};
-  m[1] = V{a[2], a[3], c[2], c[3]};
-  m[2] = V{b[0], b[1], d[0], d[1]};
-  m[3] = V{b[2], b[3], d[2], d[3]};
+  const V a = Shuffle<0, 4, 1, 5>(m[0], m[1]), b = Shuffle<2, 6, 3, 7>(m[0], m[1]);
+  const V c = Shuffle<0, 4, 1, 5>(m[2], m[3]), d = Shuffle<2, 6, 3, 7>(m[2], m[3]);
+  m[0] = Shuffle<0, 1, 4, 5>(a, c);
+  m[1] = Shuffle<2, 3, 6, 7>(a, c);
+  m[2] = Shuffle<0, 1, 4, 5>(b, d);
+  m[3] = Shuffle<2, 3, 6, 7>(b, d);
 }
 
 // body(n, row, column) for blocks of n x n numbers, n = 4 or else 1, that cover rows x columns. The last may overlap others.

@@ -1,7 +1,8 @@
 // The weight gradient: dW[tap, out, in] = sum over windows of image[pixel(window, tap), out] * source[window, in].
 //
-// Windows are worked on in blocks. Of each block one side becomes tiles of kRows columns, the other panels of vectors, both
-// packed window by window. Many windows and few weights are split among tasks, whose partial sums are added in a fixed order.
+// Windows are worked on in blocks. One side of a block becomes tiles of columns, packed window by window; the other is read in
+// panels of vectors, where it lies if it can be. A tap meets the windows that it reads inside the image, no others. Many
+// windows and few weights are split among tasks, whose partial sums are added in a fixed order.
 
 constexpr int64_t kBlock = 256;  // windows
 
@@ -24,242 +25,274 @@ inline int64_t ListPieces(const ConvProblem& p, Interval windows, Piece* pieces)
   return number;
 }
 
-struct Pieces {
-  const Piece* first;
+template <class Item>
+struct List {
+  const Item* first;
   int64_t number;
-  const Piece* begin() const { return first; }
-  const Piece* end() const { return first + number; }
+  const Item* begin() const { return first; }
+  const Item* end() const { return first + number; }
 };
 
-// Copies `count` numbers. Where they are converted, at least four are read.
-template <class E, class T>
-constexpr int Readable(int count) {
-  return std::is_same_v<E, T> || count > 4 ? count : 4;
-}
-template <int count, class E, class T>
-inline void CopyNumbers(const E* from, T* to) {
-  constexpr int kN = count < kLanes<T> ? 4 : kLanes<T>;
-  if constexpr (std::is_same_v<E, T>) {
-    __builtin_memcpy(to, from, count * sizeof(T));
-  } else if constexpr (count < kN) {
-    const auto numbers = Load<T, kN>(from);
-    __builtin_memcpy(to, &numbers, count * sizeof(T));
-  } else {
-    for (int i = 0; i < count; i += kN) {
-      const int at = i + kN > count ? count - kN : i;
-      StoreRaw<kN>(to + at, Load<T, kN>(from + at));
-    }
-  }
+// `count` windows of a block from number `at` on, whose pixels for a tap are in one row of the images: the first one's begins
+// with element `pixel`.
+struct Span {
+  int64_t at, count, pixel, row;
+};
+
+// The windows of an axis that a tap meets inside the image.
+inline Interval Reached(const ConvAxis& axis, int64_t tap) {
+  const int64_t first = axis.dilation * tap - axis.lo;
+  const int64_t begin = first >= 0 ? 0 : Least(axis.windows, (axis.stride - 1 - first) / axis.stride);
+  return {begin, first >= axis.pixels ? begin : Most(begin, Least(axis.windows, (axis.pixels - 1 - first) / axis.stride + 1))};
 }
 
-// One operand as columns: channels of the source, or of the pixels that a window touches through a run of taps.
-template <class E, class T>
-struct Columns {
-  const ConvProblem& problem;
-  Array<const E> array;
-  bool image;
-  int64_t runs, width;  // columns: runs * width
-  int64_t run_taps;     // adjacent taps in a run
-  int64_t group;        // first channel
+// Where a tap meets the image: the windows of each axis, and the pixels of window 0.
+struct Reach {
+  Interval windows[3];
+  int64_t pixel[3];
 
-  // The first pixel a run touches, for the window at the origin.
-  struct Origin {
-    int64_t plane, line, pixel;
-  };
-  Origin OriginOf(int64_t run) const {
-    const ConvAxis* axis = problem.axis;
-    const int64_t runs_of_row = axis[2].kernel / run_taps;
-    return {axis[0].dilation * (run / runs_of_row / axis[1].kernel) - axis[0].lo,
-            axis[1].dilation * (run / runs_of_row % axis[1].kernel) - axis[1].lo,
-            axis[2].dilation * (run % runs_of_row) - axis[2].lo};
-  }
-
-  // The row that a run reads for a piece: elements first + step * window + column, where inside [0, limit).
-  struct Line {
-    const E* data;
-    int64_t first, step, limit;
-  };
-  Line At(const Piece& piece, const Origin& origin) const {
-    if (!image) {
-      return {array.data + array.row(piece.batch, piece.plane, piece.line), piece.begin * array.channels + group,
-              array.channels, array.size[2] * array.channels};
+  Reach(const ConvProblem& p, int64_t tap) {
+    for (int a = 2; a >= 0; --a) {
+      const int64_t k = tap % p.axis[a].kernel;
+      tap /= p.axis[a].kernel;
+      windows[a] = Reached(p.axis[a], k);
+      pixel[a] = p.axis[a].dilation * k - p.axis[a].lo;
     }
-    const ConvAxis* axis = problem.axis;
-    const int64_t i = axis[0].stride * piece.plane + origin.plane, j = axis[1].stride * piece.line + origin.line;
-    if (i < 0 || i >= axis[0].pixels || j < 0 || j >= axis[1].pixels) return {array.data, 0, 0, 0};
-    return {array.data + array.row(piece.batch, i, j), (axis[2].stride * piece.begin + origin.pixel) * array.channels + group,
-            axis[2].stride * array.channels, array.size[2] * array.channels};
   }
 
-  // Columns [column, column + count) of a run for all windows of a block, `pitch` apart; zeros outside the image.
-  template <int count>
-  void PackExactly(Pieces pieces, int64_t run, int64_t column, int64_t pitch, T* to) const {
-    constexpr int kRead = Readable<E, T>(count);
-    const Origin origin = OriginOf(run);
-    for (const Piece& piece : pieces) {
-      const Line line = At(piece, origin);
-      const int64_t first = line.first + column, step = line.step, last = first + (piece.count - 1) * step + kRead;
-      T* out = to + piece.at * pitch;
-      int64_t begin = 0, end = piece.count;  // windows all of whose columns are inside
-      if (line.limit == 0) {
-        end = 0;
-      } else if (first < 0 || last > line.limit) {
-        begin = first >= 0 ? 0 : Least(piece.count, (step - 1 - first) / step);
-        end = first + kRead > line.limit ? begin : Most(begin, Least(piece.count, (line.limit - kRead - first) / step + 1));
-      }
-      for (int64_t w = 0; w < piece.count; ++w) {
-        if (w == begin) w = end;
-        if (w == piece.count) break;
-        for (int64_t c = 0; c < count; ++c) {
-          const int64_t at = first + w * step + c;
-          out[w * pitch + c] = at >= 0 && at < line.limit ? Load<T, 1>(line.data + at)[0] : 0;
+  template <class E>
+  Span At(const ConvProblem& p, const Array<const E>& image, const Piece& piece) const {
+    const int64_t i = piece.plane, j = piece.line;
+    const int64_t begin = Most(piece.begin, windows[2].begin), end = Least(piece.begin + piece.count, windows[2].end);
+    if (begin >= end || i < windows[0].begin || i >= windows[0].end || j < windows[1].begin || j >= windows[1].end) return {0, 0, 0, 0};
+    const int64_t plane = piece.batch * image.size[0] + p.axis[0].stride * i + pixel[0];
+    const int64_t row = plane * image.size[1] + p.axis[1].stride * j + pixel[1];
+    const int64_t first = row * image.size[2] + p.axis[2].stride * begin + pixel[2];
+    return {piece.at + begin - piece.begin, end - begin, first * image.channels, row};
+  }
+};
+
+// Up to `wide` adjacent columns, and where they go: those of window w to to[w * pitch].
+template <class T>
+struct Strip {
+  int64_t column, count;
+  T* to;
+  int64_t pitch;
+};
+
+// Where there is something to pack, and where memory that can be read ends.
+template <class E>
+struct Bounds {
+  const E *begin, *end, *readable;
+};
+
+// Packs strips of `count` windows, from number `at` on, `step` elements apart; zeros for what is out of bounds. Window by window,
+// so that memory is read in order; `wide` numbers at a time: what that is too much, the next window overwrites, or the last one
+// leaves behind its strip.
+template <int wide, class E, class T>
+inline void Pack(const E* from, const Bounds<E>& bounds, int64_t step, int64_t at, int64_t count, List<Strip<T>> strips) {
+  const Strip<T>& last = strips.first[strips.number - 1];
+  const int64_t least = bounds.begin - from - strips.first->column;
+  const int64_t most = Least(bounds.end - from - last.column - last.count, bounds.readable - from - last.column - wide);
+  for (int64_t w = 0; w < count; ++w, ++at, from += step) {
+    if (w * step >= least && w * step <= most) {
+      for (const Strip<T>& s : strips) StoreRaw<wide>(s.to + at * s.pitch, Load<T, wide>(from + s.column));
+    } else {
+      for (const Strip<T>& s : strips) {
+        for (int64_t c = s.column; c < s.column + s.count; ++c) {
+          const bool inside = from + c >= bounds.begin && from + c < bounds.end;
+          s.to[at * s.pitch + c - s.column] = inside ? Load<T, 1>(from + c)[0] : 0;
         }
       }
-      const E* from = line.data + first;
-      for (int64_t w = begin; w < end; ++w) CopyNumbers<count>(from + w * step, out + w * pitch);
     }
   }
-  template <int most>
-  void Pack(Pieces pieces, int64_t run, int64_t column, int64_t count, int64_t pitch, T* to) const {
-    if constexpr (most > 1) {
-      if (count < most) return Pack<most - 1>(pieces, run, column, count, pitch, to);
-    }
-    PackExactly<most>(pieces, run, column, pitch, to);
-  }
-};
+}
 
-// A row of weights: where it reads and where its sums are.
+// The rows of a tile: as many sums as there are registers for.
+constexpr int RowsOf(int vectors) {
+  const int rows = kRows * kPanel / vectors;
+  return rows < 12 ? rows : 12;
+}
+
+// A row of weights: where it reads and which of the sums are its own.
 template <class T>
 struct WeightRow {
   const T* from;
-  T* to;
+  int64_t to;
 };
 
-// to[r][v] += from[r][window] * panel[window][v], over the windows. If `packed`, rows and panel are adjacent window by window.
+// Some windows: the first one's elements in the rows and in the panel.
+struct Stretch {
+  int64_t row, panel, count;
+};
+
+// sums[r][v] += from[r][window] * panel[window][v], over the windows. If `packed`, the rows are adjacent window by window.
 template <bool packed, int R, int V, class T>
-__attribute__((noinline, flatten)) void MultiplyBlock(int64_t windows, const WeightRow<T>* rows, int64_t row_step,
-                                                      const T* panel, int64_t panel_step) {
+__attribute__((noinline, flatten)) void MultiplyBlock(List<Stretch> stretches, const WeightRow<T>* rows, int64_t row_step,
+                                                      const T* panel, int64_t panel_step, T* sums) {
   constexpr int kN = kLanes<T>;
-  if constexpr (packed) row_step = R, panel_step = V * kN;  // the same, as constants
+  if constexpr (packed) row_step = R;  // the same, as a constant
   Vec<T, kN> sum[R][V];
   const T* from[R];
   Unroll<R>([&](int r) {
     from[r] = rows[r].from;
     Unroll<V>([&](int v) { sum[r][v] = Vec<T, kN>{}; });
   });
-  const int64_t end = windows * row_step;
-  for (int64_t i = 0; i < end; i += row_step, panel += panel_step) {
-    Vec<T, kN> vector[V];
-    Unroll<V>([&](int v) { vector[v] = LoadRaw<T, kN>(panel + v * kN); });
-    Unroll<R>([&](int r) {
-      const auto element = Broadcast<T, kN>(packed ? from[0][i + r] : from[r][i]);
-      Unroll<V>([&](int v) { sum[r][v] += element * vector[v]; });
-    });
+  for (const Stretch& stretch : stretches) {
+    const T* lanes = panel + stretch.panel;
+    const int64_t end = stretch.row + stretch.count * row_step;
+    for (int64_t i = stretch.row; i < end; i += row_step, lanes += panel_step) {
+      Vec<T, kN> vector[V];
+      Unroll<V>([&](int v) { vector[v] = LoadRaw<T, kN>(lanes + v * kN); });
+      Unroll<R>([&](int r) {
+        const auto element = Broadcast<T, kN>(packed ? from[0][i + r] : from[r][i]);
+        Unroll<V>([&](int v) { sum[r][v] += element * vector[v]; });
+      });
+    }
   }
   Unroll<R * V>([&](int i) {
-    T* to = rows[i / V].to + i % V * kN;
+    T* to = sums + rows[i / V].to + i % V * kN;
     StoreRaw<kN>(to, LoadRaw<T, kN>(to) + sum[i / V][i % V]);
   });
 }
 
-template <bool packed, int R = kRows, int V = kPanel, class T>
-inline void MultiplyBlock(int64_t height, int64_t vectors, int64_t windows, const WeightRow<T>* rows, int64_t row_step,
-                          const T* panel, int64_t panel_step) {
+template <bool packed, int V = kPanel, int R = RowsOf(V), class T>
+inline void MultiplyBlock(int64_t height, int64_t vectors, List<Stretch> stretches, const WeightRow<T>* rows, int64_t row_step,
+                          const T* panel, int64_t panel_step, T* sums) {
   if constexpr (V > 1) {
-    if (vectors < V) return MultiplyBlock<packed, R, V - 1>(height, vectors, windows, rows, row_step, panel, panel_step);
+    if (vectors < V) return MultiplyBlock<packed, V - 1>(height, vectors, stretches, rows, row_step, panel, panel_step, sums);
   }
   if constexpr (R > 1) {
-    if (height < R) return MultiplyBlock<packed, R - 1, V>(height, vectors, windows, rows, row_step, panel, panel_step);
+    if (height < R) return MultiplyBlock<packed, V, R - 1>(height, vectors, stretches, rows, row_step, panel, panel_step, sums);
   }
-  MultiplyBlock<packed, R, V>(windows, rows, row_step, panel, panel_step);
+  MultiplyBlock<packed, R, V>(stretches, rows, row_step, panel, panel_step, sums);
 }
 
-// The shared part: where partial sums go, and how they become the result.
-template <class T>
-struct Partial {
-  T* sums;
-  int64_t size, splits;  // weights; partial sums of each
-};
-
-template <class R, class T>
-bool Finish(const Schedule& schedule, const Partial<T>& partial, R* result) {
-  constexpr int64_t kPart = 4096;
-  struct Context {
-    const Partial<T>& partial;
-    R* result;
-  };
-  const Context context = {partial, result};
-  const auto body = [](const void* data, int64_t begin, int64_t end) {
-    const Context& c = *static_cast<const Context*>(data);
-    const int64_t first = begin * kPart, last = Least(end * kPart, c.partial.size);
-    Sweep<kLanes<T>>(last - first, [&](auto lanes, auto vectors, int64_t i) {
-      constexpr int kN = decltype(lanes)::value;
-      for (int v = 0; v < decltype(vectors)::value; ++v, i += kN) {
-        const T* from = c.partial.sums + first + i;
-        auto sum = LoadRaw<T, kN>(from);
-        for (int64_t s = 1; s < c.partial.splits; ++s) sum += LoadRaw<T, kN>(from + s * c.partial.size);
-        Store<kN>(c.result + first + i, sum);
-      }
+// result[r * row_step + l * lane_step] = numbers[r * pitch + l]; one of the steps is 1.
+template <class T, class R>
+inline void Spread(const T* numbers, int64_t rows, int64_t lanes, int64_t pitch, int64_t row_step, int64_t lane_step, R* result) {
+  if (lane_step == 1) {
+    for (int64_t r = 0; r < rows; ++r, numbers += pitch, result += row_step) {
+      Sweep<kLanes<T>>(lanes, [&](auto n, auto vectors, int64_t l) {
+        constexpr int kN = decltype(n)::value;
+        for (int v = 0; v < decltype(vectors)::value; ++v, l += kN) Store<kN>(result + l, LoadRaw<T, kN>(numbers + l));
+      });
+    }
+  } else {
+    ForBlocks(rows, lanes, [&](auto n, int64_t r, int64_t l) {
+      constexpr int kN = decltype(n)::value;
+      Vec<T, kN> m[kN];
+      for (int i = 0; i < kN; ++i) m[i] = LoadRaw<T, kN>(numbers + (r + i) * pitch + l);
+      if constexpr (kN == 4) Transpose(m);
+      for (int i = 0; i < kN; ++i) Store<kN>(result + r + (l + i) * lane_step, m[i]);
     });
-    return true;
-  };
-  return ParallelFor(schedule, (partial.size + kPart - 1) / kPart, kPart * sizeof(T) * partial.splits, body, &context);
+  }
 }
 
+// Many weights, one unit of work a block of them: [tile][panel][row][lane]. The columns of the image are those of a run of taps:
+// one, or a row of the kernel where that fills tiles and panels better.
 template <class E, class T>
 struct WeightTask {
+  using Sum = T;
+  static constexpr int kN = kLanes<T>;
+  static constexpr int64_t kTile = kRows * kPanel * kN;  // sums
+
   const ConvProblem& problem;
   KernelLayout layout;
-  Columns<E, T> row_side, lane_side;  // of group 0
-  Partial<T> partial;
-  int64_t windows;
-  int64_t tiles_of_run, tiles, row_blocks, panels, lane_blocks;
+  Array<const E> image, source;
+  int64_t in, out;   // channels of a group
+  bool image_lanes;  // else the image becomes rows
+  int64_t run_taps, runs, height, tiles_of_run, tiles, row_blocks, panels, lane_blocks;
 
-  Lanes<T> lanes() const { return {lane_side.width}; }
-  static constexpr int64_t kTile = kRows * kPanel * kLanes<T>;
+  WeightTask(const ConvProblem& problem, const Array<const E>& image, const Array<const E>& source, bool image_lanes,
+             int64_t run_taps)
+      : problem(problem), layout(LayoutOf(problem)), image(image), source(source), in(problem.in / problem.groups),
+        out(problem.out / problem.groups), image_lanes(image_lanes), run_taps(run_taps), runs(Taps(problem) / run_taps) {
+    height = RowsOf(static_cast<int>(Most(1, Least(kPanel, lanes().whole()))));
+    tiles_of_run = (rows() + height - 1) / height;
+    tiles = tiles_of_run * (image_lanes ? 1 : runs);
+    panels = lanes().panels() * (image_lanes ? runs : 1);
+    // What a block packs, and its sums, share a level-2 cache.
+    constexpr int64_t kRowsOfBlock = 144;
+    row_blocks = (tiles * height + kRowsOfBlock - 1) / kRowsOfBlock;
+    if (row_blocks > 4) row_blocks = RoundUp(row_blocks, 4);  // shares of equal size
+    const int64_t most = Most(1, kCacheBytes / (tiles_of_block() * kTile * static_cast<int64_t>(sizeof(T))));
+    lane_blocks = (panels + most - 1) / most;
+  }
 
-  int64_t units() const { return problem.groups * row_blocks * lane_blocks * partial.splits; }
+  int64_t rows() const { return image_lanes ? in : run_taps * out; }  // of a run
+  Lanes<T> lanes() const { return {image_lanes ? run_taps * out : in}; }
   int64_t tiles_of_block() const { return (tiles + row_blocks - 1) / row_blocks; }
   int64_t panels_of_block() const { return (panels + lane_blocks - 1) / lane_blocks; }
+  // 16 more: for what Pack leaves behind, and lest the tiles share sets of the cache.
+  int64_t tile_room() const { return height * kBlock + 16; }
 
-  // Columns of tile t.
-  Interval Height(int64_t t) const {
-    const int64_t i = t % tiles_of_run;
-    return {row_side.width * i / tiles_of_run, row_side.width * (i + 1) / tiles_of_run};
+  Interval RowsAt(int64_t tile) const {
+    const int64_t i = tile % tiles_of_run;
+    return {rows() * i / tiles_of_run, rows() * (i + 1) / tiles_of_run};
   }
   Panel PanelAt(int64_t q) const { return lanes().panel(q % lanes().panels()); }
+  Interval LanesAt(const Panel& panel) const { return {panel.start, Least(panel.start + panel.vectors * kN, lanes().count)}; }
+  int64_t RunAt(int64_t tile, int64_t panel) const { return image_lanes ? panel / lanes().panels() : tile / tiles_of_run; }
 
-  // Where a weight lies but for its group.
-  int64_t Entry(const Columns<E, T>& side, int64_t run, int64_t column) const {
-    if (!side.image) return column * layout.in;
-    const int64_t out = problem.out / problem.groups;
-    return (run * side.run_taps + column / out) * layout.tap + column % out * layout.out;
+  struct Block {
+    int64_t group;
+    Interval tiles, panels;
+  };
+  Block BlockAt(int64_t unit) const {
+    const int64_t lane_block = unit % lane_blocks, row_block = unit / lane_blocks % row_blocks;
+    return {unit / lane_blocks / row_blocks,
+            {tiles * row_block / row_blocks, tiles * (row_block + 1) / row_blocks},
+            {panels * lane_block / lane_blocks, panels * (lane_block + 1) / lane_blocks}};
   }
 
-  bool Padded(Pieces pieces) const {
-    bool padded = false;
-    for (const Piece& piece : pieces) {
-      const int64_t first[3] = {piece.plane, piece.line, piece.begin};
-      const int64_t last[3] = {piece.plane, piece.line, piece.begin + piece.count - 1};
-      for (int a = 0; a < 3; ++a) {
-        const ConvAxis& axis = problem.axis[a];
-        padded |= axis.stride * first[a] < axis.lo ||
-                  axis.stride * last[a] - axis.lo + axis.dilation * (axis.kernel - 1) >= axis.pixels;
-      }
+  // Cycles a window: two multiplications of vectors in each, but at least four for a tile and a panel, about three for a strip of
+  // a row and, where panels are copied, two for a vector. Rows that are not adjacent in the result cost one a weight.
+  double Cost(int64_t windows) const {
+    double tile = 0;
+    for (int64_t q = 0; q < lanes().panels(); ++q) {
+      tile += Most(8, lanes().panel(q).vectors * ((rows() + tiles_of_run - 1) / tiles_of_run)) / 2.0;
     }
-    return padded;
+    const double strips = 3.0 * tiles * lane_blocks;
+    const double vectors = Direct() ? 0 : 2.0 * lanes().vectors() * panels / lanes().panels() * row_blocks;
+    const double weights = static_cast<double>(Taps(problem)) * in * out;
+    return runs * tiles_of_run * tile + strips + vectors + ((image_lanes ? layout.out : layout.in) == 1 ? 0 : weights / windows);
   }
 
-  static bool Finite(T value) { return value - value == 0; }
+  // Whether windows of a run stick out of the image.
+  bool Padded() const {
+    const ConvAxis& axis = problem.axis[2];
+    return run_taps > 1 && (axis.lo > 0 || axis.stride * (axis.windows - 1) - axis.lo + axis.kernel > axis.pixels);
+  }
+  // Elements from a window's lanes to the next one's.
+  int64_t LaneStep() const { return image_lanes ? problem.axis[2].stride * image.channels : source.channels; }
+  // Whether panels are read where they lie: not if their vectors would compete for few sets of the cache.
+  bool Direct() const {
+    constexpr int64_t kMostBytes = 2048;
+    return std::is_same_v<E, T> && lanes().count >= kN && LaneStep() * static_cast<int64_t>(sizeof(E)) <= kMostBytes &&
+           !(image_lanes && Padded());
+  }
 
-  // Zeros for what is not finite; false if there was nothing.
-  static bool Clean(T* numbers, int64_t count) {
-    constexpr int kN = kLanes<T>;
+  int64_t units() const { return problem.groups * row_blocks * lane_blocks; }
+  int64_t parts() const { return tiles_of_block(); }
+  int64_t part_size() const { return panels_of_block() * kTile; }
+  int64_t scratch() const {
+    const int64_t numbers = tiles_of_block() * tile_room() + kBlock * kPanel * kN;
+    return numbers * sizeof(T) + tiles_of_block() * sizeof(Strip<T>) + kBlock * (sizeof(Piece) + sizeof(Span) + sizeof(Stretch));
+  }
+
+  Reach ReachOf(int64_t run) const {
+    Reach reach(problem, run * run_taps);
+    if (run_taps > 1) reach.windows[2] = {0, problem.axis[2].windows};
+    return reach;
+  }
+
+  static bool Finite(const E* numbers, int64_t count) {
     Vec<T, kN> sum[4] = {};
     Sweep<kN>(count, [&](auto lanes, auto vectors, int64_t i) {
       constexpr int kSome = decltype(lanes)::value;
       for (int v = 0; v < decltype(vectors)::value; ++v) {
-        const auto number = LoadRaw<T, kSome>(numbers + i + v * kSome);
+        const auto number = Load<T, kSome>(numbers + i + v * kSome);
         if constexpr (kSome == kN) {
           sum[v] += number - number;
         } else {
@@ -267,226 +300,262 @@ struct WeightTask {
         }
       }
     });
-    bool found = false;
-    for (int lane = 0; lane < kN; ++lane) found |= !(sum[0][lane] + sum[1][lane] + sum[2][lane] + sum[3][lane] == 0);
-    for (int64_t i = 0; found && i < count; ++i) {
-      if (!Finite(numbers[i])) numbers[i] = 0;
-    }
-    return found;
+    bool finite = true;
+    for (int lane = 0; lane < kN; ++lane) finite &= sum[0][lane] + sum[1][lane] + sum[2][lane] + sum[3][lane] == 0;
+    return finite;
   }
 
-  // Adds the products of what Clean took away.
-  void Repair(Pieces pieces, const Columns<E, T>& rows, const Columns<E, T>& columns, int64_t tile, int64_t panel, T* sums) const {
-    const Interval height = Height(tile);
-    const auto [start, vectors, before] = PanelAt(panel);
-    const int64_t width = vectors * kLanes<T>, first = start;
-    for (const Piece& piece : pieces) {
-      const auto row_line = rows.At(piece, rows.OriginOf(tile / tiles_of_run));
-      const auto lane_line = columns.At(piece, columns.OriginOf(panel / lanes().panels()));
-      const auto get = [](const auto& line, int64_t w, int64_t column, T& value) {
-        const int64_t at = line.first + w * line.step + column;
-        if (at < 0 || at >= line.limit) return false;
-        value = Load<T, 1>(line.data + at)[0];
-        return true;
-      };
-      for (int64_t w = 0; w < piece.count; ++w) {
-        for (int64_t r = height.begin; r < height.end; ++r) {
-          T a, b;
-          if (!get(row_line, w, r, a)) continue;
-          for (int64_t lane = 0; lane < width && first + lane < lane_side.width; ++lane) {
-            if (!get(lane_line, w, first + lane, b) || (Finite(a) && Finite(b))) continue;
-            sums[(r - height.begin) * width + lane] += a * b;
-          }
-        }
+  void Work(int64_t unit, Interval windows, T* sums, void* scratch) const {
+    const auto [group, t, p] = BlockAt(unit);
+    T* const packed_rows = static_cast<T*>(scratch);
+    T* const packed_panel = packed_rows + tiles_of_block() * tile_room();
+    Strip<T>* const strips = reinterpret_cast<Strip<T>*>(packed_panel + kBlock * kPanel * kN);
+    Piece* const pieces = reinterpret_cast<Piece*>(strips + tiles_of_block());
+    Span* const spans = reinterpret_cast<Span*>(pieces + kBlock);
+    Stretch* const stretches = reinterpret_cast<Stretch*>(spans + kBlock);
+    for (int64_t i = t.begin; i < t.end; ++i) {
+      const auto [begin, end] = RowsAt(i);
+      strips[i - t.begin] = {begin, end - begin, packed_rows + (i - t.begin) * tile_room(), end - begin};
+    }
+
+    const E* const image_data = image.data + group * out;
+    const E* const image_end = image.data + problem.batch * image.pixels() * image.channels;
+    const E* const source_end = source.data + problem.batch * source.pixels() * source.channels;
+    const int64_t image_step = problem.axis[2].stride * image.channels, line = image.size[2] * image.channels;
+    const bool direct = Direct(), padded = Padded();
+    for (int64_t begin = windows.begin; begin < windows.end; begin += kBlock) {
+      const int64_t count = Least(kBlock, windows.end - begin);
+      const List<Piece> block = {pieces, ListPieces(problem, {begin, begin + count}, pieces)};
+      const E* const block_source = source.data + group * in + begin * source.channels;
+      // Padding is packed as zeros, which must not meet what is not finite.
+      if (padded && !Finite(block_source, count * source.channels)) {
+        AddOneByOne(t, p, block, image_data, block_source, sums);
+        continue;
       }
-    }
-  }
-
-  bool Work(int64_t unit) const {
-    constexpr int kN = kLanes<T>;
-    const int64_t split = unit % partial.splits;
-    unit /= partial.splits;
-    const int64_t lane_block = unit % lane_blocks, row_block = unit / lane_blocks % row_blocks;
-    const int64_t group = unit / lane_blocks / row_blocks;
-    const Interval t = {tiles * row_block / row_blocks, tiles * (row_block + 1) / row_blocks};
-    const Interval p = {panels * lane_block / lane_blocks, panels * (lane_block + 1) / lane_blocks};
-    Columns<E, T> rows = row_side, columns = lane_side;
-    rows.group = group * (rows.image ? problem.out : problem.in) / problem.groups;
-    columns.group = group * (columns.image ? problem.out : problem.in) / problem.groups;
-
-    const int64_t sum_room = tiles_of_block() * panels_of_block() * kTile, row_room = tiles_of_block() * kRows * kBlock;
-    const int64_t numbers = sum_room + row_room + kBlock * kPanel * kN;
-    T* sums = static_cast<T*>(Scratch(numbers * sizeof(T) + kBlock * sizeof(Piece)));
-    if (sums == nullptr) return false;
-    Piece* list = reinterpret_cast<Piece*>(sums + numbers);
-    T* packed_rows = sums + sum_room;
-    T* packed_panel = packed_rows + row_room;
-    for (int64_t i = 0; i < sum_room; ++i) sums[i] = 0;
-
-    const int64_t end = windows * (split + 1) / partial.splits;
-    for (int64_t begin = windows * split / partial.splits; begin < end; begin += kBlock) {
-      const Interval block = {begin, Least(begin + kBlock, end)};
-      const int64_t count = block.end - block.begin;
-      const Pieces pieces = {list, ListPieces(problem, block, list)};
-      const bool padded = Padded(pieces);
-      // Padding is packed as zeros, which must not meet a source that is not finite. Where a block has both, whatever is not
-      // finite in it is multiplied by itself.
-      bool repair = false;
-      for (int64_t i = t.begin; i < t.end; ++i) {
-        const Interval height = Height(i);
-        T* to = packed_rows + (i - t.begin) * kRows * kBlock;
-        const int64_t h = height.end - height.begin;
-        rows.template Pack<kRows>(pieces, i / tiles_of_run, height.begin, h, h, to);
-        if (padded && !rows.image) repair |= Clean(to, h * count);
+      List<Span> run_spans = {spans, 0};
+      int64_t listed = -1;
+      const auto list = [&](int64_t run) {
+        if (listed == run) return;
+        listed = run;
+        run_spans.number = 0;
+        const Reach reach = ReachOf(run);
+        for (const Piece& piece : block) {
+          const Span span = reach.At(problem, image, piece);
+          if (span.count > 0) spans[run_spans.number++] = span;
+        }
+      };
+      // Strips of the image's windows that a run reaches, or of the source's.
+      const auto pack = [&](auto wide, bool of_image, List<Strip<T>> some) {
+        constexpr int kWide = decltype(wide)::value;
+        if (!of_image) {
+          return Pack<kWide>(block_source, Bounds<E>{source.data, source_end, source_end}, source.channels, 0, count, some);
+        }
+        for (const Span& span : run_spans) {
+          const E* row = image.data + span.row * line;
+          Pack<kWide>(image_data + span.pixel, Bounds<E>{row, row + line, image_end}, image_step, span.at, span.count, some);
+        }
+      };
+      for (int64_t i = t.begin, next; i < t.end; i = next) {
+        next = image_lanes ? t.end : Least(t.end, (i / tiles_of_run + 1) * tiles_of_run);
+        if (!image_lanes) list(i / tiles_of_run);
+        const List<Strip<T>> some = {strips + i - t.begin, next - i};
+        height > 8 ? pack(Int<16>(), !image_lanes, some) : pack(Int<8>(), !image_lanes, some);
       }
       for (int64_t q = p.begin; q < p.end; ++q) {
         const Panel panel = PanelAt(q);
-        const int64_t pitch = panel.vectors * kN, width = Least(pitch, lane_side.width);
-        for (int64_t w = 0; width < pitch && w < count; ++w) {
-          for (int64_t lane = width; lane < pitch; ++lane) packed_panel[w * pitch + lane] = 0;
-        }
-        if (panel.vectors == kPanel) {
-          columns.template PackExactly<kPanel * kN>(pieces, q / lanes().panels(), panel.start, pitch, packed_panel);
-        }
-        for (int64_t lane = 0; panel.vectors < kPanel && lane < width; lane += kN) {
-          columns.template Pack<kN>(pieces, q / lanes().panels(), panel.start + lane, Least(kN, width), pitch, packed_panel + lane);
-        }
-        if (padded && (repair || rows.image) && Clean(packed_panel, count * pitch) && !repair) {
-          repair = true;
-          for (int64_t i = t.begin; i < t.end; ++i) {
-            const Interval height = Height(i);
-            Clean(packed_rows + (i - t.begin) * kRows * kBlock, (height.end - height.begin) * count);
+        const int64_t pitch = panel.vectors * kN;
+        const T* from = packed_panel;
+        int64_t step = pitch;
+        if (image_lanes) list(RunAt(0, q));
+        if (direct) {
+          if constexpr (std::is_same_v<E, T>) from = (image_lanes ? image_data : block_source) + panel.start;
+          step = LaneStep();
+        } else {
+          Strip<T> vectors[kPanel];
+          for (int64_t v = 0; v < panel.vectors; ++v) {
+            vectors[v] = {panel.start + v * kN, Least(kN, lanes().count), packed_panel + v * kN, pitch};
           }
+          pack(Int<kN>(), image_lanes, {vectors, panel.vectors});
         }
         for (int64_t i = t.begin; i < t.end; ++i) {
-          const Interval height = Height(i);
-          T* to = sums + ((i - t.begin) * panels_of_block() + q - p.begin) * kTile;
-          const int64_t h = height.end - height.begin;
-          WeightRow<T> tile[kRows];
-          for (int64_t r = 0; r < h; ++r) tile[r] = {packed_rows + (i - t.begin) * kRows * kBlock + r, to + r * pitch};
-          MultiplyBlock<true>(h, panel.vectors, count, tile, h, packed_panel, pitch);
-          if (repair) Repair(pieces, rows, columns, i, q, to);
+          const Strip<T>& strip = strips[i - t.begin];
+          list(RunAt(i, q));
+          for (int64_t s = 0; s < run_spans.number; ++s) {
+            const Span& span = spans[s];
+            stretches[s] = {span.at * strip.count, direct && image_lanes ? span.pixel : span.at * step, span.count};
+          }
+          WeightRow<T> tile[RowsOf(1)];
+          for (int64_t r = 0; r < strip.count; ++r) tile[r] = {strip.to + r, r * pitch};
+          MultiplyBlock<true>(strip.count, panel.vectors, {stretches, run_spans.number}, tile, strip.count, from, step,
+                              SumsAt(i - t.begin, q - p.begin, sums));
         }
       }
     }
+  }
 
-    T* to = partial.sums + split * partial.size + layout.base + group * layout.group;
+  template <class Number>
+  Number* SumsAt(int64_t tile, int64_t panel, Number* sums) const {
+    return sums + tile * part_size() + panel * kTile;
+  }
+
+  // The same sums, a product at a time and none of padding.
+  void AddOneByOne(Interval t, Interval p, List<Piece> block, const E* image_data, const E* block_source, T* sums) const {
     for (int64_t i = t.begin; i < t.end; ++i) {
-      const Interval height = Height(i);
       for (int64_t q = p.begin; q < p.end; ++q) {
         const Panel panel = PanelAt(q);
-        const T* tile = sums + ((i - t.begin) * panels_of_block() + q - p.begin) * kTile;
-        for (int64_t r = height.begin; r < height.end; ++r) {
-          T* row = to + Entry(rows, i / tiles_of_run, r);
-          for (int64_t lane = 0; lane < panel.vectors * kN && panel.start + lane < lane_side.width; ++lane) {
-            row[Entry(columns, q / lanes().panels(), panel.start + lane)] = tile[lane];
+        const Interval rows = RowsAt(i), lanes = LanesAt(panel);
+        T* to = SumsAt(i - t.begin, q - p.begin, sums);
+        for (int64_t k = 0; k < run_taps; ++k) {
+          const Reach reach(problem, RunAt(i, q) * run_taps + k);
+          for (const Piece& piece : block) {
+            const Span span = reach.At(problem, image, piece);
+            for (int64_t w = 0; w < span.count; ++w) {
+              const E* g = image_data + span.pixel + w * problem.axis[2].stride * image.channels;
+              const E* x = block_source + (span.at + w) * source.channels;
+              for (int64_t r = rows.begin; r < rows.end; ++r) {
+                for (int64_t l = lanes.begin; l < lanes.end; ++l) {
+                  const int64_t column = (image_lanes ? l : r) - k * out;
+                  if (column < 0 || column >= out) continue;
+                  to[(r - rows.begin) * panel.vectors * kN + l - lanes.begin] +=
+                      Load<T, 1>(g + column)[0] * Load<T, 1>(x + (image_lanes ? r : l))[0];
+                }
+              }
+            }
           }
-          tile += panel.vectors * kN;
         }
       }
     }
-    return true;
+  }
+
+  template <class R>
+  void Emit(int64_t unit, int64_t part, const T* sums, R* result) const {
+    const auto [group, t, p] = BlockAt(unit);
+    const int64_t i = t.begin + part;
+    if (i >= t.end) return;
+    R* const of_group = result + layout.base + group * layout.group;
+    for (int64_t q = p.begin; q < p.end; ++q, sums += kTile) {
+      const Panel panel = PanelAt(q);
+      const Interval rows = RowsAt(i), lanes = LanesAt(panel);
+      const int64_t pitch = panel.vectors * kN;
+      const auto [begin, end] = image_lanes ? lanes : rows;
+      for (int64_t column = begin, next; column < end; column = next) {
+        const int64_t k = column / out;
+        next = Least(end, (k + 1) * out);
+        R* to = of_group + (RunAt(i, q) * run_taps + k) * layout.tap + (column - k * out) * layout.out;
+        if (image_lanes) {
+          Spread(sums + column - begin, rows.end - rows.begin, next - column, pitch, layout.in, layout.out, to + rows.begin * layout.in);
+        } else {
+          Spread(sums + (column - begin) * pitch, next - column, lanes.end - lanes.begin, pitch, layout.out, layout.in,
+                 to + lanes.begin * layout.in);
+        }
+      }
+    }
   }
 };
 
-// Few weights: their operands are read where they lie, as packing them would take as long as the products.
+// Few weights: their operands are read where they lie, as packing them would take as long as the products. [panel][row][lane]
 template <class T>
 struct DirectTask {
+  using Sum = T;
+  static constexpr int kN = kLanes<T>;
+  static constexpr int64_t kPitch = kPanel * kN;  // sums of a row in a panel
+
   const ConvProblem& problem;
   KernelLayout layout;
-  Columns<T, T> row_side, lane_side;  // the image and the source, of group 0
-  Partial<T> partial;
-  int64_t windows;
+  Array<const T> image, source;
+  int64_t out, rows;  // channels of a group; weights of a lane
+  Lanes<T> lanes;
 
-  int64_t rows() const { return row_side.runs * row_side.width; }
-  int64_t units() const { return problem.groups * partial.splits; }
+  DirectTask(const ConvProblem& problem, const Array<const T>& image, const Array<const T>& source)
+      : problem(problem), layout(LayoutOf(problem)), image(image), source(source), out(problem.out / problem.groups),
+        rows(Taps(problem) * out), lanes{problem.in / problem.groups} {}
 
-  // The windows of a piece for which an element of a line is inside the image.
-  static Interval Inside(const typename Columns<T, T>::Line& line, int64_t first, int64_t count) {
-    if (first >= line.limit) return {0, 0};
-    const int64_t begin = first >= 0 ? 0 : (line.step - 1 - first) / line.step;
-    const bool whole = first + (count - 1) * line.step < line.limit;
-    return {begin, whole ? count : (line.limit - 1 - first) / line.step + 1};
+  int64_t units() const { return problem.groups; }
+  int64_t parts() const { return lanes.panels(); }
+  int64_t part_size() const { return rows * kPitch; }
+  int64_t scratch() const {
+    return kBlock * sizeof(Piece) + rows * sizeof(Meeting) + problem.axis[2].kernel * sizeof(Interval);
   }
 
-  // Sums of a piece, one row after the other in each panel.
-  void Add(const Piece& piece, const Columns<T, T>& image, const Columns<T, T>& source, T* sums) const {
-    constexpr int kN = kLanes<T>;
-    const Lanes<T> lanes = {source.width};
-    const auto line = source.At(piece, {});
-    const int64_t height = rows(), tiles = (height + kRows - 1) / kRows, most = (height + tiles - 1) / tiles;
-    auto row = image.At(piece, image.OriginOf(0));
-    for (int64_t r = 0, run = 0, column = 0; r < height;) {
-      WeightRow<T> tile[kRows];
-      Interval inside[kRows], all = {0, piece.count};  // windows of a row; of all rows
-      int64_t number[kRows], count = 0;
-      for (const int64_t end = Least(r + most, height); r < end; ++r, ++column) {
-        if (column == image.width) {
-          column = 0;
-          row = image.At(piece, image.OriginOf(++run));
-        }
-        const Interval windows = Inside(row, row.first + column, piece.count);
-        if (windows.begin >= windows.end) continue;
-        tile[count].from = row.data + row.first + column;
-        inside[count] = windows;
-        number[count++] = r;
-        all = {Most(all.begin, windows.begin), Least(all.end, windows.end)};
+  // The windows of a piece that a row meets inside the image, and the element that the piece's first window would have.
+  struct Meeting {
+    Interval windows;
+    int64_t first, row;
+  };
+
+  void Work(int64_t group, Interval windows, T* sums, void* scratch) const {
+    Piece* const pieces = static_cast<Piece*>(scratch);
+    Meeting* const meetings = reinterpret_cast<Meeting*>(pieces + kBlock);
+    Interval* const reached = reinterpret_cast<Interval*>(meetings + rows);
+    for (int64_t k = 0; k < problem.axis[2].kernel; ++k) reached[k] = Reached(problem.axis[2], k);
+    for (int64_t begin = windows.begin; begin < windows.end; begin += kBlock) {
+      const Interval block = {begin, Least(begin + kBlock, windows.end)};
+      for (const Piece& piece : List<Piece>{pieces, ListPieces(problem, block, pieces)}) {
+        const T* line = source.data + source.row(piece.batch, piece.plane, piece.line) + piece.begin * source.channels;
+        const List<Meeting> met = {meetings, ListMeetings(piece, reached, meetings)};
+        Add(piece.count, image.data + group * out, line + group * lanes.count, met, sums);
       }
-      if (count == 0) continue;
+    }
+  }
+
+  int64_t ListMeetings(const Piece& piece, const Interval* reached, Meeting* meetings) const {
+    const ConvAxis* axis = problem.axis;
+    int64_t number = 0, row = 0;
+    for (int64_t k0 = 0; k0 < axis[0].kernel; ++k0) {
+      const int64_t i = axis[0].stride * piece.plane - axis[0].lo + axis[0].dilation * k0;
+      for (int64_t k1 = 0; k1 < axis[1].kernel; ++k1, row += axis[2].kernel * out) {
+        const int64_t j = axis[1].stride * piece.line - axis[1].lo + axis[1].dilation * k1;
+        if (i < 0 || i >= axis[0].pixels || j < 0 || j >= axis[1].pixels) continue;
+        int64_t first = image.row(piece.batch, i, j) + (axis[2].stride * piece.begin - axis[2].lo) * image.channels;
+        for (int64_t k2 = 0; k2 < axis[2].kernel; ++k2, first += axis[2].dilation * image.channels) {
+          const Interval windows = {Most(0, reached[k2].begin - piece.begin), Least(piece.count, reached[k2].end - piece.begin)};
+          if (windows.begin >= windows.end) continue;
+          for (int64_t c = 0; c < out; ++c) meetings[number++] = {windows, first + c, row + k2 * out + c};
+        }
+      }
+    }
+    return number;
+  }
+
+  void Add(int64_t windows, const T* image_data, const T* line, List<Meeting> met, T* sums) const {
+    const int64_t row_step = problem.axis[2].stride * image.channels, lane_step = source.channels;
+    const int64_t tiles = (met.number + kRows - 1) / kRows, height = tiles > 0 ? (met.number + tiles - 1) / tiles : 0;
+    for (const Meeting *first = met.begin(), *last; first != met.end(); first = last) {
+      last = first + Least(height, met.end() - first);
+      Interval all = {0, windows};  // of all rows
+      WeightRow<T> tile[kRows];
+      for (const Meeting* m = first; m != last; ++m) {
+        tile[m - first] = {image_data + m->first, m->row * kPitch};
+        all = {Most(all.begin, m->windows.begin), Least(all.end, m->windows.end)};
+      }
       if (all.begin >= all.end) all = {0, 0};
-      const int64_t step = problem.axis[2].stride * image.array.channels;
       for (int64_t q = 0; q < lanes.panels(); ++q) {
         const Panel panel = lanes.panel(q);
-        const auto multiply = [&](int64_t i, int64_t n, int64_t begin, int64_t end) {
+        const auto multiply = [&](const Meeting* from, int64_t n, int64_t begin, int64_t end) {
           if (begin >= end) return;
-          WeightRow<T> some[kRows];
-          for (int64_t j = 0; j < n; ++j) {
-            T* to = sums + (panel.first * height + number[i + j] * panel.vectors) * kN;
-            some[j] = {tile[i + j].from + begin * step, to};
-          }
-          const T* from = line.data + line.first + begin * line.step + panel.start;
-          MultiplyBlock<false>(n, panel.vectors, end - begin, some, step, from, line.step);
+          const Stretch stretch = {begin * row_step, begin * lane_step, end - begin};
+          MultiplyBlock<false>(n, panel.vectors, {&stretch, 1}, tile + (from - first), row_step, line + panel.start, lane_step,
+                               sums + q * part_size());
         };
-        multiply(0, count, all.begin, all.end);
+        multiply(first, last - first, all.begin, all.end);
         // What is inside for some rows alone; neighbours that agree go together.
-        for (int64_t i = 0, n; i < count; i += n) {
-          const Interval mine = inside[i];
-          for (n = 1; i + n < count && inside[i + n].begin == mine.begin && inside[i + n].end == mine.end;) ++n;
-          multiply(i, n, mine.begin, all.end > 0 ? all.begin : mine.end);
-          if (all.end > 0) multiply(i, n, all.end, mine.end);
+        for (const Meeting *m = first, *next; m != last; m = next) {
+          const Interval mine = m->windows;
+          for (next = m + 1; next != last && next->windows.begin == mine.begin && next->windows.end == mine.end;) ++next;
+          multiply(m, next - m, mine.begin, all.end > 0 ? all.begin : mine.end);
+          if (all.end > 0) multiply(m, next - m, all.end, mine.end);
         }
       }
     }
   }
 
-  bool Work(int64_t unit) const {
-    constexpr int kN = kLanes<T>;
-    const int64_t split = unit % partial.splits, group = unit / partial.splits, height = rows();
-    Columns<T, T> image = row_side, source = lane_side;
-    image.group = group * problem.out / problem.groups;
-    source.group = group * problem.in / problem.groups;
-    const Lanes<T> lanes = {source.width};
-    const int64_t numbers = height * lanes.vectors() * kN;
-    T* sums = static_cast<T*>(Scratch(numbers * sizeof(T) + kBlock * sizeof(Piece)));
-    if (sums == nullptr) return false;
-    Piece* list = reinterpret_cast<Piece*>(sums + numbers);
-    for (int64_t i = 0; i < numbers; ++i) sums[i] = 0;
-    const int64_t end = windows * (split + 1) / partial.splits;
-    for (int64_t begin = windows * split / partial.splits; begin < end; begin += kBlock) {
-      const int64_t pieces = ListPieces(problem, {begin, Least(begin + kBlock, end)}, list);
-      for (const Piece& piece : Pieces{list, pieces}) Add(piece, image, source, sums);
+  template <class R>
+  void Emit(int64_t group, int64_t q, const T* sums, R* result) const {
+    const Panel panel = lanes.panel(q);
+    for (int64_t tap = 0; tap < Taps(problem); ++tap, sums += out * kPitch) {
+      Spread(sums, out, panel.vectors * kN, kPitch, layout.out, layout.in,
+             result + layout.base + group * layout.group + tap * layout.tap + panel.start * layout.in);
     }
-    T* to = partial.sums + split * partial.size + layout.base + group * layout.group;
-    for (int64_t q = 0; q < lanes.panels(); ++q) {
-      const Panel panel = lanes.panel(q);
-      const T* from = sums + panel.first * height * kN;
-      for (int64_t r = 0; r < height; ++r, from += panel.vectors * kN) {
-        const int64_t out = problem.out / problem.groups, tap = r / image.width * image.run_taps + r % image.width / out;
-        T* row = to + tap * layout.tap + r % image.width % out * layout.out;
-        for (int64_t lane = 0; lane < panel.vectors * kN; ++lane) row[(panel.start + lane) * layout.in] = from[lane];
-      }
-    }
-    return true;
   }
 };
 
@@ -498,13 +567,30 @@ struct AcrossTask {
   Array<const G> image;
   Array<const X> source;  // the source has depth * pitch elements a window
   int64_t depth, pitch;
-  Partial<T> partial;
-  int64_t windows;
+  using Sum = T;
 
-  int64_t units() const { return partial.splits; }
+  int64_t units() const { return 1; }
+  int64_t parts() const { return Taps(problem) * depth; }
+  int64_t part_size() const { return RoundUp(pitch, 16); }
+  int64_t scratch() const { return kBlock * sizeof(Piece) + Taps(problem) * sizeof(Reach); }
+
+  void Work(int64_t, Interval windows, T* sums, void* scratch) const {
+    Piece* const pieces = static_cast<Piece*>(scratch);
+    Reach* const reaches = reinterpret_cast<Reach*>(pieces + kBlock);
+    for (int64_t tap = 0; tap < Taps(problem); ++tap) reaches[tap] = Reach(problem, tap);
+    for (int64_t begin = windows.begin; begin < windows.end; begin += kBlock) {
+      const Interval block = {begin, Least(begin + kBlock, windows.end)};
+      for (const Piece& piece : List<Piece>{pieces, ListPieces(problem, block, pieces)}) {
+        for (int64_t tap = 0; tap < Taps(problem); ++tap) {
+          const Span span = reaches[tap].At(problem, image, piece);
+          if (span.count > 0) AddSpan(span, begin + span.at, sums + tap * depth * part_size());
+        }
+      }
+    }
+  }
 
   template <int V>
-  void Sum(const X* a, int64_t a_step, const G* b, int64_t b_step, int64_t count, T* sums) const {
+  void Add(const X* a, int64_t a_step, const G* b, int64_t b_step, int64_t count, T* sums) const {
     constexpr int kN = kLanes<T>;
     Vec<T, kN> sum[V] = {};
     for (int64_t w = 0; w < count; ++w, a += a_step, b += b_step) {
@@ -513,64 +599,88 @@ struct AcrossTask {
     for (int v = 0; v < V; ++v) StoreRaw<kN>(sums + v * kN, LoadRaw<T, kN>(sums + v * kN) + sum[v]);
   }
 
-  bool Work(int64_t split) const {
+  void AddSpan(const Span& span, int64_t window, T* sums) const {
     constexpr int kN = kLanes<T>;
-    const ConvAxis* axis = problem.axis;
-    const int64_t lanes = image.channels;
-    const int64_t size = Taps(problem) * depth * pitch;
-    const Interval mine = {windows * split / partial.splits, windows * (split + 1) / partial.splits};
-    T* sums = static_cast<T*>(Scratch(RoundUp(size, 16) * sizeof(T) + (mine.end - mine.begin) * sizeof(Piece)));
-    if (sums == nullptr) return false;
-    for (int64_t i = 0; i < size; ++i) sums[i] = 0;
-    Piece* list = reinterpret_cast<Piece*>(sums + RoundUp(size, 16));
-    for (const Piece& piece : Pieces{list, ListPieces(problem, mine, list)}) {
-      const X* x = source.data + source.row(piece.batch, piece.plane, piece.line);
-      for (int64_t tap = 0; tap < Taps(problem); ++tap) {
-        const int64_t k = tap % axis[2].kernel, rest = tap / axis[2].kernel;
-        const int64_t i = axis[0].stride * piece.plane - axis[0].lo + axis[0].dilation * (rest / axis[1].kernel);
-        const int64_t j = axis[1].stride * piece.line - axis[1].lo + axis[1].dilation * (rest % axis[1].kernel);
-        if (i < 0 || i >= axis[0].pixels || j < 0 || j >= axis[1].pixels) continue;
-        const int64_t first = axis[2].dilation * k - axis[2].lo;
-        const int64_t begin = Most(piece.begin, first >= 0 ? 0 : (axis[2].stride - 1 - first) / axis[2].stride);
-        const int64_t end = axis[2].pixels <= first ? 0 : Least(piece.begin + piece.count, (axis[2].pixels - 1 - first) / axis[2].stride + 1);
-        if (begin >= end) continue;
-        const G* g = image.data + image.row(piece.batch, i, j) + (axis[2].stride * begin + first) * image.channels;
-        for (int64_t d = 0; d < depth; ++d) {
-          const X* a = x + begin * source.channels + d * pitch;
-          T* to = sums + (tap * depth + d) * pitch;
-          const int64_t step = axis[2].stride * image.channels;
-          int64_t l = 0;
-          for (; l + 4 * kN <= lanes; l += 4 * kN) Sum<4>(a + l, source.channels, g + l, step, end - begin, to + l);
-          for (; l + kN <= lanes; l += kN) Sum<1>(a + l, source.channels, g + l, step, end - begin, to + l);
-          for (; l < lanes; ++l) {
-            T sum = 0;
-            for (int64_t w = 0; w < end - begin; ++w) sum += Load<T, 1>(a + w * source.channels + l)[0] * Load<T, 1>(g + w * step + l)[0];
-            to[l] += sum;
-          }
-        }
+    const int64_t lanes = image.channels, step = problem.axis[2].stride * lanes;
+    const G* g = image.data + span.pixel;
+    for (int64_t d = 0; d < depth; ++d, sums += part_size()) {
+      const X* a = source.data + window * source.channels + d * pitch;
+      int64_t l = 0;
+      for (; l + 4 * kN <= lanes; l += 4 * kN) Add<4>(a + l, source.channels, g + l, step, span.count, sums + l);
+      for (; l + kN <= lanes; l += kN) Add<1>(a + l, source.channels, g + l, step, span.count, sums + l);
+      for (; l < lanes; ++l) {
+        T sum = 0;
+        for (int64_t w = 0; w < span.count; ++w) sum += Load<T, 1>(a + w * source.channels + l)[0] * Load<T, 1>(g + w * step + l)[0];
+        sums[l] += sum;
       }
     }
+  }
+
+  template <class R>
+  void Emit(int64_t, int64_t part, const T* sums, R* result) const {
     const int64_t out = problem.out / problem.groups;
-    for (int64_t tap = 0; tap < Taps(problem); ++tap) {
-      for (int64_t d = 0; d < depth; ++d) {
-        T* to = partial.sums + split * partial.size + layout.base + tap * layout.tap + d * layout.in;
-        const T* from = sums + (tap * depth + d) * pitch;
-        for (int64_t l = 0; l < lanes; ++l) to[l / out * layout.group + l % out * layout.out] = from[l];
-      }
-    }
-    return true;
+    R* to = result + layout.base + part / depth * layout.tap + part % depth * layout.in;
+    for (int64_t l = 0; l < image.channels; ++l) Store<1>(to + l / out * layout.group + l % out * layout.out, Vec<T, 1>{sums[l]});
   }
 };
 
-template <class Task>
-bool RunTasks(const Task& task, const Schedule& schedule, double work) {
-  const auto body = [](const void* data, int64_t begin, int64_t end) {
+// Runs a task, whose units each add up the products of some weights, in parts, over windows that are given to them.
+template <class Task, class R>
+bool RunTask(const Task& task, const ConvProblem& problem, int64_t windows, double work, R* result) {
+  using T = typename Task::Sum;
+  struct Context {
+    const Task& task;
+    int64_t windows, size, splits;
+    T* sums;
+    R* result;
+  };
+  constexpr int64_t kPartials = 4 << 20;  // numbers
+  const int64_t units = task.units(), parts = task.parts(), size = parts * task.part_size();
+  const int64_t wanted = Least((16 + units - 1) / units, windows / (2 * kBlock));
+  const int64_t splits = Most(1, Least(wanted, kPartials / Most(1, units * size)));
+  const Buffer sums(splits == 1 ? 0 : splits * units * size * static_cast<int64_t>(sizeof(T)));
+  if (sums.data() == nullptr) return false;
+  const Context context = {task, windows, size, splits, static_cast<T*>(sums.data()), result};
+
+  const auto add = [](const void* data, int64_t begin, int64_t end) {
+    const Context& c = *static_cast<const Context*>(data);
+    const int64_t size = c.size, splits = c.splits;
     for (int64_t unit = begin; unit < end; ++unit) {
-      if (!static_cast<const Task*>(data)->Work(unit)) return false;
+      T* scratch = static_cast<T*>(Scratch((splits == 1 ? size * sizeof(T) : 0) + c.task.scratch()));
+      if (scratch == nullptr) return false;
+      T* sums = splits == 1 ? scratch : c.sums + unit * size;
+      for (int64_t i = 0; i < size; ++i) sums[i] = 0;
+      const int64_t n = unit / splits, split = unit % splits;
+      c.task.Work(n, {c.windows * split / splits, c.windows * (split + 1) / splits}, sums, splits == 1 ? scratch + size : scratch);
+      for (int64_t part = 0; splits == 1 && part < c.task.parts(); ++part) {
+        c.task.Emit(n, part, sums + part * c.task.part_size(), c.result);
+      }
     }
     return true;
   };
-  return ParallelFor(schedule, task.units(), static_cast<int64_t>(work / 4 / task.units()) + 1024, body, &task);
+  if (!ParallelFor(*problem.schedule, units * splits, static_cast<int64_t>(work / 4 / (units * splits)) + 1024, add, &context)) {
+    return false;
+  }
+  if (splits == 1) return true;
+
+  const auto finish = [](const void* data, int64_t begin, int64_t end) {
+    const Context& c = *static_cast<const Context*>(data);
+    const int64_t parts = c.task.parts(), count = c.task.part_size();
+    for (int64_t i = begin; i < end; ++i) {
+      T* const sums = c.sums + i / parts * c.splits * c.size + i % parts * count;
+      Sweep<kLanes<T>>(count, [&](auto lanes, auto vectors, int64_t at) {
+        constexpr int kN = decltype(lanes)::value;
+        for (int v = 0; v < decltype(vectors)::value; ++v, at += kN) {
+          auto sum = LoadRaw<T, kN>(sums + at);
+          for (int64_t s = 1; s < c.splits; ++s) sum += LoadRaw<T, kN>(sums + at + s * c.size);
+          StoreRaw<kN>(sums + at, sum);
+        }
+      });
+      c.task.Emit(i / parts, i % parts, sums, c.result);
+    }
+    return true;
+  };
+  return ParallelFor(*problem.schedule, units * parts, task.part_size() * sizeof(T) * splits, finish, &context);
 }
 
 // A whole array as a tile.
@@ -602,47 +712,27 @@ bool WeightGradientOf(const ConvProblem& problem, const Array<const G>& image, c
                       int64_t pitch) {
   using T = Acc<G>;
   const int64_t in = problem.in / problem.groups, out = problem.out / problem.groups, taps = Taps(problem);
-  const int64_t windows = problem.batch * source.pixels(), size = taps * in * problem.out;
-  const double work = 2.0 * windows * taps * in * problem.out;
-  constexpr int64_t kPartials = 4 << 20;  // elements
-  const auto split = [&](int64_t others) {
-    const int64_t wanted = Least((16 + others - 1) / others, windows / (2 * kBlock));
-    return Most(1, Least(wanted, kPartials / Most(1, size)));
+  const int64_t windows = problem.batch * source.pixels();
+  R* const result = static_cast<R*>(problem.result);
+  const auto run = [&](const auto& task) {
+    return RunTask(task, problem, windows, 2.0 * windows * taps * in * problem.out, result);
   };
-  const KernelLayout layout = LayoutOf(problem);
-  const auto finish = [&](auto task) {
-    const bool at_once = task.partial.splits == 1 && std::is_same_v<R, T>;
-    const Buffer sums(at_once ? 0 : task.partial.splits * size * static_cast<int64_t>(sizeof(T)));
-    if (sums.data() == nullptr) return false;
-    task.partial.sums = static_cast<T*>(at_once ? problem.result : sums.data());
-    if (!RunTasks(task, *problem.schedule, work)) return false;
-    return at_once || Finish(*problem.schedule, task.partial, static_cast<R*>(problem.result));
-  };
-  if (across) {
-    return finish(AcrossTask<G, X, T>{problem, layout, image, source, in, pitch, {nullptr, size, split(1)}, windows});
-  }
+  if (across) return run(AcrossTask<G, X, T>{problem, LayoutOf(problem), image, source, in, pitch});
   if constexpr (std::is_same_v<G, X>) {
-    const bool joined = problem.groups == 1 && problem.axis[2].dilation == 1;
-    const int64_t run_taps = joined ? problem.axis[2].kernel : 1;
-    const Columns<G, T> image_side = {problem, image, true, taps / run_taps, run_taps * out, run_taps, 0};
-    const Columns<G, T> source_side = {problem, source, false, 1, in, 1, 0};
     // Measured: with as many rows as there are windows in a line, what a line costs at its ends outweighs the packing.
     if constexpr (std::is_same_v<G, T>) {
       if (in >= kLanes<T> && taps * out <= Least(problem.axis[2].windows, 128)) {
-        return finish(DirectTask<T>{problem, layout, image_side, source_side, {nullptr, size, split(problem.groups)}, windows});
+        return run(DirectTask<T>(problem, image, source));
       }
     }
-    const bool swap = in < kLanes<T> && image_side.width > in;
-    WeightTask<G, T> task = {problem, layout, swap ? source_side : image_side, swap ? image_side : source_side,
-                             {nullptr, size, 1}, windows, 0, 0, 0, 0, 0};
-    task.tiles_of_run = (task.row_side.width + kRows - 1) / kRows;
-    task.tiles = task.row_side.runs * task.tiles_of_run;
-    task.panels = task.lane_side.runs * task.lanes().panels();
-    task.lane_blocks = (task.panels + 15) / 16;
-    task.row_blocks = (task.tiles + 23) / 24;
-    if (task.row_blocks > 4) task.row_blocks = RoundUp(task.row_blocks, 4);  // shares of equal size
-    task.partial.splits = split(problem.groups * task.row_blocks * task.lane_blocks);
-    return finish(task);
+    const int64_t row_of_kernel = problem.groups == 1 && problem.axis[2].dilation == 1 ? problem.axis[2].kernel : 1;
+    const WeightTask<G, T> ways[] = {{problem, image, source, true, 1}, {problem, image, source, false, 1},
+                                     {problem, image, source, true, row_of_kernel}, {problem, image, source, false, row_of_kernel}};
+    const WeightTask<G, T>* best = ways;
+    for (const auto& way : ways) {
+      if (way.Cost(windows) < best->Cost(windows)) best = &way;
+    }
+    return run(*best);
   }
   __builtin_unreachable();
 }
