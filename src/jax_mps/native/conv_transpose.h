@@ -18,6 +18,12 @@ constexpr int kPanel = 4;  // 32 registers
 constexpr int kPanel = 2;
 #endif
 
+// The rows of a tile: as many sums as there are registers for.
+constexpr int RowsOf(int vectors) {
+  const int rows = kRows * kPanel / vectors;
+  return rows < 12 ? rows : 12;
+}
+
 constexpr int64_t kCacheBytes = 256 << 10;  // what a task may keep: half a level-2 cache
 constexpr int64_t kNearBytes = 32 << 10;    // what a task keeps that does little with each number: a level-1 cache
 
@@ -119,12 +125,13 @@ inline void MultiplyPanel(int64_t vectors, int64_t count, const S* source, T* ta
       return MultiplyPanel<across, V - 1>(vectors, count, source, target, rows, taps, tap_count, weights);
     }
   }
-  if (count <= kRows) return MultiplyRows<across, kRows, V>(count, source, target, rows, taps, tap_count, weights);
+  constexpr int kMost = across ? kRows : RowsOf(V);
+  if (count <= kMost) return MultiplyRows<across, kMost, V>(count, source, target, rows, taps, tap_count, weights);
   // Tiles of equal height: 16 rows are 6, 5 and 5.
-  const int64_t tiles = (count + kRows - 1) / kRows;
+  const int64_t tiles = (count + kMost - 1) / kMost;
   for (int64_t t = 0; t < tiles; ++t) {
     const int64_t begin = count * t / tiles, end = count * (t + 1) / tiles;
-    MultiplyRows<across, kRows, V>(end - begin, source, target, rows + begin, taps, tap_count, weights);
+    MultiplyRows<across, kMost, V>(end - begin, source, target, rows + begin, taps, tap_count, weights);
   }
 }
 

@@ -108,12 +108,6 @@ inline void Pack(const E* from, const Bounds<E>& bounds, int64_t step, int64_t a
   }
 }
 
-// The rows of a tile: as many sums as there are registers for.
-constexpr int RowsOf(int vectors) {
-  const int rows = kRows * kPanel / vectors;
-  return rows < 12 ? rows : 12;
-}
-
 // A row of weights: where it reads and which of the sums are its own.
 template <class T>
 struct WeightRow {

@@ -54,10 +54,33 @@ struct alignas(64) Share {
   int64_t end;
 };
 
+// The system may wake a thread on the core of the one that called it, while other cores idle, and let the two share it for
+// milliseconds. Who finds himself there moves on; afterwards he may run where he could before.
+int Core() {
+#ifdef __linux__
+  return sched_getcpu();
+#else
+  return -1;
+#endif
+}
+
+void LeaveCore(int core) {
+#ifdef __linux__
+  cpu_set_t allowed;
+  if (core < 0 || Core() != core || sched_getaffinity(0, sizeof allowed, &allowed) != 0) return;
+  cpu_set_t others = allowed;
+  CPU_CLR(core, &others);
+  if (CPU_COUNT(&others) > 0 && sched_setaffinity(0, sizeof others, &others) == 0) sched_setaffinity(0, sizeof allowed, &allowed);
+#else
+  (void)core;
+#endif
+}
+
 struct Job {
   int64_t units, tasks, threads;
   bool (*body)(const void*, int64_t, int64_t);
   const void* context;
+  int core;  // of the calling thread
   std::unique_ptr<Share[]> shares;
   std::atomic<int64_t> done{0};
   std::atomic<bool> ok{true};
@@ -67,6 +90,7 @@ struct Job {
   // Takes tasks until none is left. `body` and `context` die with the call that made them, so they are touched only
   // between taking a task and counting it done.
   void Work(int64_t thread) {
+    if (thread > 0) LeaveCore(core);
     const Subnormals subnormals;
     for (int64_t i = 0; i < threads; ++i) {
       Share& share = shares[(thread + i) % threads];
@@ -118,6 +142,7 @@ bool ParallelFor(const Schedule& schedule, int64_t units, int64_t bytes_per_unit
   job->threads = std::min<int64_t>(ThreadCount(), tasks);
   job->body = body;
   job->context = context;
+  job->core = Core();
   job->shares = std::make_unique<Share[]>(job->threads);
   for (int64_t i = 0; i < job->threads; ++i) {
     job->shares[i].next = tasks * i / job->threads;
