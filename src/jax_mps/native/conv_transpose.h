@@ -25,7 +25,6 @@ constexpr int RowsOf(int vectors) {
 }
 
 constexpr int64_t kCacheBytes = 256 << 10;  // what a task may keep: half a level-2 cache
-constexpr int64_t kNearBytes = 32 << 10;    // what a task keeps that does little with each number: a level-1 cache
 
 inline int64_t Least(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t Most(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -685,8 +684,7 @@ bool GatherAll(const ConvProblem& problem) {
   for (const ConvAxis& axis : problem.axis) ratio *= axis.stride;
   const double sources_a_target = overlap ? 0 : forward ? 1 / ratio : ratio;
   const double bytes = (target_pitch + source_pitch * sources_a_target) * sizeof(T);
-  const int64_t room = across && direct_source && direct_target ? kNearBytes : kCacheBytes;
-  const GatherPlan plan(problem, static_cast<int64_t>(room / bytes) + 1, overlap);
+  const GatherPlan plan(problem, static_cast<int64_t>(kCacheBytes / bytes) + 1, overlap);
 
   Gather<E, R> gather = {problem, plan, way, source, target, weights, depth, narrow};
   gather.direct_source = direct_source;
