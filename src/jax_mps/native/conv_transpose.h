@@ -134,6 +134,43 @@ inline void MultiplyPanel(int64_t vectors, int64_t count, const S* source, T* ta
   }
 }
 
+// ---- Transposition of small blocks.
+
+// The lanes `lane` of two vectors of four; the second's are 4 to 7.
+template <int... lane, class V>
+inline V Shuffle(V a, V b) {
+#if defined(__clang__) || __GNUC__ >= 12
+  return __builtin_shufflevector(a, b, lane...);
+#else
+  return V{(lane < 4 ? a[lane & 3] : b[lane & 3])...};
+#endif
+}
+
+// Four vectors as the columns of what they were the rows of.
+template <class V>
+inline void Transpose(V (&m)[4]) {
+  const V a = Shuffle<0, 4, 1, 5>(m[0], m[1]), b = Shuffle<2, 6, 3, 7>(m[0], m[1]);
+  const V c = Shuffle<0, 4, 1, 5>(m[2], m[3]), d = Shuffle<2, 6, 3, 7>(m[2], m[3]);
+  m[0] = Shuffle<0, 1, 4, 5>(a, c);
+  m[1] = Shuffle<2, 3, 6, 7>(a, c);
+  m[2] = Shuffle<0, 1, 4, 5>(b, d);
+  m[3] = Shuffle<2, 3, 6, 7>(b, d);
+}
+
+// body(n, row, column) for blocks of n x n numbers, n = 4 or else 1, that cover rows x columns. The last may overlap others.
+template <class Body>
+inline void ForBlocks(int64_t rows, int64_t columns, const Body& body) {
+  if (rows >= 4 && columns >= 4) {
+    for (int64_t r = 0; r < rows; r += 4) {
+      for (int64_t c = 0; c < columns; c += 4) body(Int<4>(), Least(r, rows - 4), Least(c, columns - 4));
+    }
+  } else {
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t c = 0; c < columns; ++c) body(Int<1>(), r, c);
+    }
+  }
+}
+
 // ---- The kernel, packed into panels: [group][panel][tap][depth][vectors].
 
 // Where entry (group, tap, lane, depth) lies. Lanes count `inner` ones of `lane`, then one of `outer`, and so on.
@@ -150,6 +187,31 @@ struct Weights {
   int64_t group_size() const { return lanes.vectors() * kLanes<T> * steps; }
   int64_t panels() const { return groups * lanes.panels(); }
 };
+
+// to[d * pitch + l] = from[d * strides.depth + l * strides.lane].
+template <class E, class T>
+inline void PackRun(const E* from, int64_t lanes, int64_t depth, const KernelStrides& strides, int64_t pitch, T* to) {
+  if (strides.lane == 1) {
+    for (int64_t d = 0; d < depth; ++d, from += strides.depth, to += pitch) {
+      Sweep<kLanes<T>>(lanes, [&](auto n, auto vectors, int64_t l) {
+        constexpr int kN = decltype(n)::value;
+        for (int v = 0; v < decltype(vectors)::value; ++v, l += kN) StoreRaw<kN>(to + l, Load<T, kN>(from + l));
+      });
+    }
+  } else if (strides.depth == 1) {
+    ForBlocks(lanes, depth, [&](auto n, int64_t l, int64_t d) {
+      constexpr int kN = decltype(n)::value;
+      Vec<T, kN> m[kN];
+      for (int i = 0; i < kN; ++i) m[i] = Load<T, kN>(from + (l + i) * strides.lane + d);
+      if constexpr (kN == 4) Transpose(m);
+      for (int i = 0; i < kN; ++i) StoreRaw<kN>(to + (d + i) * pitch + l, m[i]);
+    });
+  } else {
+    for (int64_t l = 0; l < lanes; ++l) {
+      for (int64_t d = 0; d < depth; ++d) to[d * pitch + l] = Load<T, 1>(from + d * strides.depth + l * strides.lane)[0];
+    }
+  }
+}
 
 template <class E, class T>
 bool Pack(const Schedule& schedule, const E* kernel, const KernelStrides& strides, int64_t taps, int64_t depth,
@@ -173,14 +235,15 @@ bool Pack(const Schedule& schedule, const E* kernel, const KernelStrides& stride
       const auto [start, vectors, first] = lanes.panel(panel);
       T* to = c.to + group * c.weights.group_size() + (first * c.weights.steps + tap * c.depth * vectors) * kN;
       const E* from = c.kernel + strides.base + group * strides.group + tap * strides.tap;
-      for (int64_t lane = 0; lane < vectors * kN; ++lane, ++to) {
-        const int64_t l = start + lane;
-        if (l >= lanes.count) {
-          for (int64_t d = 0; d < c.depth; ++d) to[d * vectors * kN] = 0;
-          continue;
-        }
-        const E* entry = from + l / strides.inner * strides.outer + l % strides.inner * strides.lane;
-        for (int64_t d = 0; d < c.depth; ++d) to[d * vectors * kN] = Load<T, 1>(entry + d * strides.depth)[0];
+      const int64_t count = Least(vectors * kN, lanes.count - start), pitch = vectors * kN;
+      for (int64_t d = 0; count < pitch && d < c.depth; ++d) {
+        for (int64_t lane = count; lane < pitch; ++lane) to[d * pitch + lane] = 0;
+      }
+      // Lanes of one run of `inner` ones are equally far apart.
+      for (int64_t lane = 0, next; lane < count; lane = next) {
+        const int64_t run = (start + lane) / strides.inner, first = (start + lane) % strides.inner;
+        next = Least(count, lane + strides.inner - first);
+        PackRun(from + run * strides.outer + first * strides.lane, next - lane, c.depth, strides, pitch, to + lane);
       }
     }
     return true;
@@ -232,41 +295,6 @@ inline View ViewOf(const Box& box, int64_t pitch) {
 template <class E>
 inline Box Whole(const Array<E>& array, int64_t batch) {
   return {{{0, batch}, {0, array.size[0]}, {0, array.size[1]}, {0, array.size[2]}}};
-}
-
-// The lanes `lane` of two vectors of four; the second's are 4 to 7.
-template <int... lane, class V>
-inline V Shuffle(V a, V b) {
-#if defined(__clang__) || __GNUC__ >= 12
-  return __builtin_shufflevector(a, b, lane...);
-#else
-  return V{(lane < 4 ? a[lane & 3] : b[lane & 3])...};
-#endif
-}
-
-// Four vectors as the columns of what they were the rows of.
-template <class V>
-inline void Transpose(V (&m)[4]) {
-  const V a = Shuffle<0, 4, 1, 5>(m[0], m[1]), b = Shuffle<2, 6, 3, 7>(m[0], m[1]);
-  const V c = Shuffle<0, 4, 1, 5>(m[2], m[3]), d = Shuffle<2, 6, 3, 7>(m[2], m[3]);
-  m[0] = Shuffle<0, 1, 4, 5>(a, c);
-  m[1] = Shuffle<2, 3, 6, 7>(a, c);
-  m[2] = Shuffle<0, 1, 4, 5>(b, d);
-  m[3] = Shuffle<2, 3, 6, 7>(b, d);
-}
-
-// body(n, row, column) for blocks of n x n numbers, n = 4 or else 1, that cover rows x columns. The last may overlap others.
-template <class Body>
-inline void ForBlocks(int64_t rows, int64_t columns, const Body& body) {
-  if (rows >= 4 && columns >= 4) {
-    for (int64_t r = 0; r < rows; r += 4) {
-      for (int64_t c = 0; c < columns; c += 4) body(Int<4>(), Least(r, rows - 4), Least(c, columns - 4));
-    }
-  } else {
-    for (int64_t r = 0; r < rows; ++r) {
-      for (int64_t c = 0; c < columns; ++c) body(Int<1>(), r, c);
-    }
-  }
 }
 
 // Copies a box into a tile of `pitch` elements a pixel. Lane l of copy d is channel l / narrow * depth + d: several copies
