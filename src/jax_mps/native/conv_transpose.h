@@ -297,6 +297,41 @@ inline Box Whole(const Array<E>& array, int64_t batch) {
   return {{{0, batch}, {0, array.size[0]}, {0, array.size[1]}, {0, array.size[2]}}};
 }
 
+// The copies of a pixel: lane l of copy d is channel l / narrow * depth + d.
+template <class E, class T>
+struct Expansion {
+  static constexpr int kN = kLanes<T>;
+  int64_t groups, depth, narrow, copy;
+  int64_t picked = 0, step = 0;  // vectors of a copy that are picked from one of the pixel's; channels from one to the next
+  int32_t table[kN][kVectorBytes / 4];
+
+  Expansion(int64_t channels, int64_t depth, int64_t narrow, int64_t copy)
+      : groups(channels / depth), depth(depth), narrow(narrow), copy(copy) {
+    if (!kPicks || depth * narrow == 1 || depth > narrow || kN % narrow != 0) return;
+    step = kN / narrow * depth;
+    picked = channels < kN ? 0 : Least(groups * narrow / kN, (channels - kN) / step + 1);
+    constexpr int kParts = sizeof(T) / 4;
+    for (int64_t d = 0; d < depth; ++d) {
+      for (int64_t i = 0; i < kN * kParts; ++i) {
+        table[d][i] = static_cast<int32_t>((i / kParts / narrow * depth + d) * kParts + i % kParts);
+      }
+    }
+  }
+
+  void operator()(const E* pixel, T* to) const {
+    for (int64_t v = 0; v < picked; ++v) {
+      const Vec<T, kN> channels = Load<T, kN>(pixel + v * step);
+      for (int64_t d = 0; d < depth; ++d) StoreRaw<kN>(to + d * copy + v * kN, Pick(channels, table[d]));
+    }
+    for (int64_t d = 0; d < depth; ++d) {
+      for (int64_t g = picked * kN / narrow; g < groups; ++g) {
+        const T number = Load<T, 1>(pixel + g * depth + d)[0];
+        for (int64_t l = g * narrow; l < (g + 1) * narrow; ++l) to[d * copy + l] = number;
+      }
+    }
+  }
+};
+
 // Copies a box into a tile of `pitch` elements a pixel. Lane l of copy d is channel l / narrow * depth + d: several copies
 // give each lane of a group, in turn, all the channels that it is multiplied with.
 template <class E, class T>
@@ -304,6 +339,7 @@ inline void Stage(const Array<const E>& from, const Box& box, T* to, int64_t pit
   const int64_t width = box.length(3), plane = from.pixels();
   const int64_t lanes = from.channels / depth * narrow;
   const int64_t copy = pitch / depth;
+  const Expansion<E, T> expand(from.channels, depth, narrow, copy);
   for (int64_t b = box.range[0].begin; b < box.range[0].end; ++b) {
     for (int64_t i = box.range[1].begin; i < box.range[1].end; ++i) {
       for (int64_t j = box.range[2].begin; j < box.range[2].end; ++j, to += width * pitch) {
@@ -314,14 +350,7 @@ inline void Stage(const Array<const E>& from, const Box& box, T* to, int64_t pit
             for (int v = 0; v < decltype(vectors)::value; ++v, at += kN) StoreRaw<kN>(to + at, Load<T, kN>(row + at));
           });
         } else if (from.last) {
-          for (int64_t w = 0; w < width; ++w) {
-            for (int64_t d = 0; d < depth; ++d) {
-              T* pixel = to + w * pitch + d * copy;
-              for (int64_t l = 0; l < lanes; ++l) {
-                pixel[l] = Load<T, 1>(row + w * from.channels + l / narrow * depth + d)[0];
-              }
-            }
-          }
+          for (int64_t w = 0; w < width; ++w) expand(row + w * from.channels, to + w * pitch);
         } else {
           for (int64_t d = 0; d < depth; ++d) {
             ForBlocks(lanes, width, [&](auto n, int64_t l, int64_t w) {

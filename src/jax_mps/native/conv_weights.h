@@ -661,16 +661,18 @@ bool RunTask(const Task& task, const ConvProblem& problem, int64_t windows, doub
     const Context& c = *static_cast<const Context*>(data);
     const int64_t parts = c.task.parts(), count = c.task.part_size();
     for (int64_t i = begin; i < end; ++i) {
-      T* const sums = c.sums + i / parts * c.splits * c.size + i % parts * count;
+      const T* const sums = c.sums + i / parts * c.splits * c.size + i % parts * count;
+      T* const total = static_cast<T*>(Scratch(count * sizeof(T)));
+      if (total == nullptr) return false;
       Sweep<kLanes<T>>(count, [&](auto lanes, auto vectors, int64_t at) {
         constexpr int kN = decltype(lanes)::value;
         for (int v = 0; v < decltype(vectors)::value; ++v, at += kN) {
           auto sum = LoadRaw<T, kN>(sums + at);
           for (int64_t s = 1; s < c.splits; ++s) sum += LoadRaw<T, kN>(sums + at + s * c.size);
-          StoreRaw<kN>(sums + at, sum);
+          StoreRaw<kN>(total + at, sum);
         }
       });
-      c.task.Emit(i / parts, i % parts, sums, c.result);
+      c.task.Emit(i / parts, i % parts, total, c.result);
     }
     return true;
   };

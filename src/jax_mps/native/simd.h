@@ -32,7 +32,7 @@ inline Vec<T, N> LoadRaw(const T* from) {
 }
 
 template <class To, class V>
-inline To Bits(V v) {
+inline To Bits(const V& v) {
   static_assert(sizeof(To) == sizeof(V));
   To to;
   __builtin_memcpy(&to, &v, sizeof v);
@@ -46,6 +46,25 @@ inline void StoreRaw(T* to, V v) {
   if constexpr (N * sizeof(T) == 16 && sizeof(V) == 16) return vst1q_u8(reinterpret_cast<uint8_t*>(to), Bits<uint8x16_t>(v));
 #endif
   __builtin_memcpy(to, &v, N * sizeof(T));
+}
+
+// Whether the lanes of a whole vector of floats or doubles can be picked by a table.
+#if defined(__AVX2__)
+constexpr bool kPicks = true;
+#else
+constexpr bool kPicks = false;
+#endif
+
+// v[table[0]], v[table[1]] and so on, of 4-byte lanes.
+template <class V>
+inline V Pick(V v, const int32_t (&table)[kVectorBytes / 4]) {
+#if defined(__AVX512F__)
+  return Bits<V>(_mm512_maskz_permutexvar_epi32(0xffff, Bits<__m512i>(table), Bits<__m512i>(v)));
+#elif defined(__AVX2__)
+  return Bits<V>(_mm256_permutevar8x32_epi32(Bits<__m256i>(v), Bits<__m256i>(table)));
+#else
+  return v;
+#endif
 }
 
 template <class T, int N>
