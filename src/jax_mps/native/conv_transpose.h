@@ -24,11 +24,41 @@ constexpr int RowsOf(int vectors) {
   return rows < 12 ? rows : 12;
 }
 
+constexpr int kPickedRows = kPanel == 4 ? 5 : 4;  // which keep what is picked from, too
+
 constexpr int64_t kCacheBytes = 256 << 10;  // what a task may keep: half a level-2 cache
 
 inline int64_t Least(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t Most(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t RoundUp(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
+
+// What meets what: an element of the source all lanes of a panel; a lane the same lane; a lane the channels of its group in
+// turn; or all taps at once, whose products are then added to the pixels.
+enum class Way { kDense, kAcross, kPicked, kOverlap };
+
+// ---- Picking: lane l of copy d is lane l / depth * depth + d, for depths 2, 4 and 8.
+
+template <class T>
+struct PickTables {
+  static constexpr int kParts = sizeof(T) / 4;
+  int32_t of[3][8][kVectorBytes / 4];
+  constexpr PickTables() : of() {
+    for (int n = 0, depth = 2; n < 3; ++n, depth *= 2) {
+      for (int d = 0; d < depth; ++d) {
+        for (int i = 0; i < kVectorBytes / 4; ++i) of[n][d][i] = (i / kParts / depth * depth + d) * kParts + i % kParts;
+      }
+    }
+  }
+  constexpr const int32_t (*At(int64_t depth) const)[kVectorBytes / 4] { return of[depth == 2 ? 0 : depth == 4 ? 1 : 2]; }
+};
+template <class T>
+constexpr PickTables<T> kPickTables;
+
+// Whether groups are met by picking: as many inputs as outputs, and whole vectors of groups.
+template <class T>
+inline bool Picks(int64_t depth, int64_t narrow, int64_t lanes) {
+  return kPicks && depth == narrow && (depth == 2 || depth == 4 || depth == 8) && depth < kLanes<T> && lanes % kLanes<T> == 0;
+}
 
 // ---- The register tile.
 
@@ -68,10 +98,9 @@ __attribute__((always_inline)) inline void Unroll(const Body& body) {
   body(N - 1);
 }
 
-// target[row][lane] = sum over taps and elements. `weights` is the panel [step][V vectors]. If `across`, lanes of the source
-// meet lanes of the panel; else each element of the source meets all of them. Flattened: a lambda that were called would find
+// target[row][lane] = sum over taps and elements. `weights` is the panel [step][V vectors]. Flattened: a lambda that were called would find
 // the sums in memory.
-template <bool across, int R, int V, class S, class T>
+template <Way way, int R, int V, class S, class T>
 __attribute__((noinline, flatten)) void MultiplyTile(const S* source, T* target, const Row* rows, const Tap* taps,
                                                      int64_t tap_count, const T* weights) {
   constexpr int kN = kLanes<T>;
@@ -83,7 +112,17 @@ __attribute__((noinline, flatten)) void MultiplyTile(const S* source, T* target,
   });
   for (const Tap* tap = taps; tap != taps + tap_count; ++tap) {
     const T* panel = weights + tap->step * (V * kN);
-    if constexpr (across) {
+    if constexpr (way == Way::kPicked) {
+      const auto table = kPickTables<T>.At(tap->length);
+      Unroll<V>([&](int v) {
+        Vec<T, kN> lanes[R];
+        Unroll<R>([&](int r) { lanes[r] = Load<T, kN>(from[r] + tap->source + v * kN); });
+        for (int64_t d = 0; d < tap->length; ++d) {
+          const auto weight = LoadRaw<T, kN>(panel + (d * V + v) * kN);
+          Unroll<R>([&](int r) { sum[r][v] += Pick(lanes[r], table[d]) * weight; });
+        }
+      });
+    } else if constexpr (way == Way::kAcross) {
       Unroll<V>([&](int v) {
         const auto weight = LoadRaw<T, kN>(panel + v * kN);
         Unroll<R>([&](int r) { sum[r][v] += Load<T, kN>(from[r] + tap->source + v * kN) * weight; });
@@ -107,30 +146,30 @@ __attribute__((noinline, flatten)) void MultiplyTile(const S* source, T* target,
   });
 }
 
-template <bool across, int R, int V, class S, class T>
+template <Way way, int R, int V, class S, class T>
 inline void MultiplyRows(int64_t count, const S* source, T* target, const Row* rows, const Tap* taps, int64_t tap_count,
                          const T* weights) {
   if constexpr (R > 1) {
-    if (count < R) return MultiplyRows<across, R - 1, V>(count, source, target, rows, taps, tap_count, weights);
+    if (count < R) return MultiplyRows<way, R - 1, V>(count, source, target, rows, taps, tap_count, weights);
   }
-  MultiplyTile<across, R, V>(source, target, rows, taps, tap_count, weights);
+  MultiplyTile<way, R, V>(source, target, rows, taps, tap_count, weights);
 }
 
-template <bool across, int V, class S, class T>
+template <Way way, int V, class S, class T>
 inline void MultiplyPanel(int64_t vectors, int64_t count, const S* source, T* target, const Row* rows, const Tap* taps,
                           int64_t tap_count, const T* weights) {
   if constexpr (V > 1) {
     if (vectors < V) {
-      return MultiplyPanel<across, V - 1>(vectors, count, source, target, rows, taps, tap_count, weights);
+      return MultiplyPanel<way, V - 1>(vectors, count, source, target, rows, taps, tap_count, weights);
     }
   }
-  constexpr int kMost = across ? kRows : RowsOf(V);
-  if (count <= kMost) return MultiplyRows<across, kMost, V>(count, source, target, rows, taps, tap_count, weights);
+  constexpr int kMost = way == Way::kDense ? RowsOf(V) : way == Way::kAcross ? kRows : kPickedRows;
+  if (count <= kMost) return MultiplyRows<way, kMost, V>(count, source, target, rows, taps, tap_count, weights);
   // Tiles of equal height: 16 rows are 6, 5 and 5.
   const int64_t tiles = (count + kMost - 1) / kMost;
   for (int64_t t = 0; t < tiles; ++t) {
     const int64_t begin = count * t / tiles, end = count * (t + 1) / tiles;
-    MultiplyRows<across, kMost, V>(end - begin, source, target, rows + begin, taps, tap_count, weights);
+    MultiplyRows<way, kMost, V>(end - begin, source, target, rows + begin, taps, tap_count, weights);
   }
 }
 
@@ -424,8 +463,6 @@ inline KernelLayout LayoutOf(const ConvProblem& p) {
 
 // ---- Forward and data gradient.
 
-enum class Way { kDense, kAcross, kOverlap };
-
 template <class E, class R>
 struct Gather {
   using T = Acc<E>;
@@ -498,7 +535,7 @@ struct Gather {
     return {Least(begin, segment.count), Least(end, segment.count)};
   }
 
-  template <bool across, class S>
+  template <Way way, class S>
   void Run(const Box& box, const S* from, const View& from_view, T* to, const View& to_view, Interval panels, Row* rows,
            Tap* taps) const {
     const Segment* s[3];
@@ -533,25 +570,25 @@ struct Gather {
               }
             }
           }
-          const int64_t tap_count = ListTaps(s, from_view, across ? source_pitch / depth : 0, taps);
-          MultiplyAll<across>(count, from, to, group_pitch, rows, taps, tap_count, panels);
+          const int64_t tap_count = ListTaps(s, from_view, way == Way::kAcross ? source_pitch / depth : 0, taps);
+          MultiplyAll<way>(count, from, to, group_pitch, rows, taps, tap_count, panels);
         }
       }
     }
   }
 
-  template <bool across, class S>
+  template <Way way, class S>
   void MultiplyAll(int64_t count, const S* from, T* to, int64_t group_pitch, const Row* rows, const Tap* taps,
                    int64_t tap_count, Interval panels) const {
     const Lanes<T>& lanes = weights.lanes;
     const int64_t panels_of_group = lanes.panels(), first = panels.begin / panels_of_group;
     // Across, a row is short work: finish the channels of few rows before the next ones.
-    const int64_t some = across ? kRows : count;
+    const int64_t some = way == Way::kDense ? count : way == Way::kAcross ? kRows : kPickedRows;
     for (int64_t begin = 0; begin < count; begin += some) {
       int64_t group = first, number = panels.begin - first * panels_of_group;
       for (int64_t p = panels.begin; p < panels.end; ++p) {
         const Panel panel = lanes.panel(number);
-        MultiplyPanel<across, kPanel>(panel.vectors, Least(some, count - begin), from + (across ? panel.start : group * depth),
+        MultiplyPanel<way, kPanel>(panel.vectors, Least(some, count - begin), from + (way == Way::kDense ? group * depth : panel.start),
                                       to + group * group_pitch + panel.start, rows + begin, taps, tap_count,
                                       weights.data + group * weights.group_size() + panel.first * weights.steps * kN);
         if (++number == panels_of_group) number = 0, ++group;
@@ -584,7 +621,7 @@ struct Gather {
           }
           for (int64_t w = 0; w < width; ++w) rows[w] = {w * source.channels, w * pitch};
           const Tap all = {0, 0, depth};
-          MultiplyAll<false>(width, from, products, group_width, rows, &all, 1, {0, weights.panels()});
+          MultiplyAll<Way::kDense>(width, from, products, group_width, rows, &all, 1, {0, weights.panels()});
           for (int64_t k0 = 0; k0 < axis[0].kernel; ++k0) {
             const int64_t plane = axis[0].stride * i - axis[0].lo + axis[0].dilation * k0;
             if (plane < box.range[1].begin || plane >= box.range[1].end) continue;
@@ -657,15 +694,19 @@ struct Gather {
       } else {
         Stage<E>(source, sources, stage, source_pitch, way == Way::kAcross ? depth : 1, way == Way::kAcross ? narrow : 1);
       }
-      if (way == Way::kAcross) {
-        if (direct_source) {
-          Run<true>(box, source.data, from_view, to, to_view, panels, rows, taps);
-        } else {
-          Run<true>(box, static_cast<const T*>(stage), from_view, to, to_view, panels, rows, taps);
+      const auto run = [&](auto from) {
+        if constexpr (kPicks) {
+          if (way == Way::kPicked) return Run<Way::kPicked>(box, from, from_view, to, to_view, panels, rows, taps);
         }
+        Run<Way::kAcross>(box, from, from_view, to, to_view, panels, rows, taps);
+      };
+      const T* const same = direct_source ? reinterpret_cast<const T*>(source.data) : stage;
+      if (way == Way::kDense) {
+        Run<Way::kDense>(box, same, from_view, to, to_view, panels, rows, taps);
+      } else if (direct_source) {
+        run(source.data);
       } else {
-        Run<false>(box, direct_source ? reinterpret_cast<const T*>(source.data) : stage, from_view, to, to_view, panels, rows,
-                   taps);
+        run(same);
       }
     }
     if (!direct_target) EmitPanels(box, tile, panels);
@@ -714,7 +755,7 @@ bool GatherAll(const ConvProblem& problem) {
     way = Way::kOverlap;
   }
   const bool across = way == Way::kAcross, overlap = way == Way::kOverlap;
-
+  if (across && Picks<T>(depth, narrow, groups * narrow)) way = Way::kPicked;
   Weights<T> weights = {{across ? groups * narrow : overlap ? taps * narrow : narrow}, across ? 1 : groups,
                         overlap ? depth : taps * depth, nullptr};
   const int64_t lane = forward ? layout.out : layout.in, deep = forward ? layout.in : layout.out;
@@ -730,9 +771,9 @@ bool GatherAll(const ConvProblem& problem) {
   }
 
   const bool direct_source =
-      problem.channels_last && (across ? depth == 1 && narrow == 1 && source.channels >= kN : std::is_same_v<E, T>);
+      problem.channels_last && (way == Way::kPicked || (across ? depth == 1 && narrow == 1 && source.channels >= kN : std::is_same_v<E, T>));
   const bool direct_target = problem.channels_last && std::is_same_v<R, T> && (overlap || weights.lanes.count >= kN);
-  const int64_t source_pitch = across ? depth * weights.lanes.padded() : source.channels;
+  const int64_t source_pitch = way == Way::kAcross ? depth * weights.lanes.padded() : source.channels;
   const int64_t group_pitch = overlap ? narrow : weights.lanes.padded();
   const int64_t target_pitch = group_pitch * weights.groups;
 
