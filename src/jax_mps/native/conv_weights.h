@@ -559,8 +559,9 @@ struct AcrossTask {
   const ConvProblem& problem;
   KernelLayout layout;
   Array<const G> image;
-  Array<const X> source;  // the source has depth * pitch elements a window
+  Array<const X> source;  // `depth` copies of `pitch` elements a window; one where they are picked
   int64_t depth, pitch;
+  bool picked;
   using Sum = T;
 
   int64_t units() const { return 1; }
@@ -593,8 +594,43 @@ struct AcrossTask {
     for (int v = 0; v < V; ++v) StoreRaw<kN>(sums + v * kN, LoadRaw<T, kN>(sums + v * kN) + sum[v]);
   }
 
+  // The sums of D copies from number d on.
+  template <int D, int V>
+  void AddPicked(const X* a, const G* b, int64_t b_step, int64_t count, int64_t d, T* sums) const {
+    constexpr int kN = kLanes<T>;
+    const auto table = kPickTables<T>.At(depth) + d;
+    Vec<T, kN> sum[D][V] = {};
+    for (int64_t w = 0; w < count; ++w, a += source.channels, b += b_step) {
+      for (int v = 0; v < V; ++v) {
+        const auto x = Load<T, kN>(a + v * kN), g = Load<T, kN>(b + v * kN);
+        for (int i = 0; i < D; ++i) sum[i][v] += Pick(x, table[i]) * g;
+      }
+    }
+    for (int i = 0; i < D; ++i) {
+      for (int v = 0; v < V; ++v) {
+        T* to = sums + (d + i) * part_size() + v * kN;
+        StoreRaw<kN>(to, LoadRaw<T, kN>(to) + sum[i][v]);
+      }
+    }
+  }
+  template <int D>
+  void AddPicked(const Span& span, int64_t window, T* sums) const {
+    constexpr int kN = kLanes<T>;
+    const X* a = source.data + window * source.channels;
+    const G* b = image.data + span.pixel;
+    const int64_t lanes = image.channels, step = problem.axis[2].stride * lanes;
+    for (int64_t d = 0; d < depth; d += D) {
+      int64_t l = 0;
+      for (; l + 2 * kN <= lanes; l += 2 * kN) AddPicked<D, 2>(a + l, b + l, step, span.count, d, sums + l);
+      if (l < lanes) AddPicked<D, 1>(a + l, b + l, step, span.count, d, sums + l);
+    }
+  }
+
   void AddSpan(const Span& span, int64_t window, T* sums) const {
     constexpr int kN = kLanes<T>;
+    if constexpr (kPicks) {
+      if (picked) return depth == 2 ? AddPicked<2>(span, window, sums) : AddPicked<4>(span, window, sums);
+    }
     const int64_t lanes = image.channels, step = problem.axis[2].stride * lanes;
     const G* g = image.data + span.pixel;
     for (int64_t d = 0; d < depth; ++d, sums += part_size()) {
@@ -713,7 +749,7 @@ bool WeightGradientOf(const ConvProblem& problem, const Array<const G>& image, c
   const auto run = [&](const auto& task) {
     return RunTask(task, problem, windows, 2.0 * windows * taps * in * problem.out, result);
   };
-  if (across) return run(AcrossTask<G, X, T>{problem, LayoutOf(problem), image, source, in, pitch});
+  if (across) return run(AcrossTask<G, X, T>{problem, LayoutOf(problem), image, source, in, pitch, Picks<T>(in, out, problem.out)});
   if constexpr (std::is_same_v<G, X>) {
     // Measured: with as many rows as there are windows in a line, what a line costs at its ends outweighs the packing.
     if constexpr (std::is_same_v<G, T>) {
@@ -741,8 +777,8 @@ bool WeightGradient(const ConvProblem& problem) {
   const Array<const E> image = Image<const E>(problem, const_cast<void*>(problem.operand[0]));
   const Array<const E> source = Windows<const E>(problem, const_cast<void*>(problem.operand[1]));
   const bool across = problem.groups > 1 && 2 * out <= kLanes<T> && in <= kLanes<T>;
-  const bool expand = across && (in != 1 || out != 1);
-  const int64_t copies = across ? in : 1, pitch = across ? problem.out : problem.in;
+  const bool expand = across && (in != 1 || out != 1) && !Picks<T>(in, out, problem.out);
+  const int64_t copies = expand ? in : 1, pitch = expand ? problem.out : problem.in;
   if (problem.channels_last && !expand) return WeightGradientOf<E, E, R>(problem, image, source, across, pitch);
 
   const auto pixels = [&](const Array<const E>& array) { return problem.batch * array.pixels() * int64_t{sizeof(T)}; };

@@ -599,6 +599,10 @@ ConvProblem RandomConvolution(Type type) {
       p.groups = random_number(2, 4);
       p.in = p.groups * (random_number.OneIn(2) ? random_number(1, 6) : random_number(8, 20));
       p.out = p.groups * random_number(1, 20);
+      if (random_number.OneIn(3)) {  // as many to as from each, and whole vectors of them
+        p.groups = 4 * random_number(1, 4);
+        p.in = p.out = p.groups << random_number(1, 3);
+      }
       break;
     default:  // dense, to few or to many channels
       p.groups = 1;
