@@ -1,8 +1,9 @@
 // The weight gradient: dW[tap, out, in] = sum over windows of image[pixel(window, tap), out] * source[window, in].
 //
 // Windows are worked on in blocks. One side of a block becomes tiles of columns, packed window by window; the other is read in
-// panels of vectors, where it lies if it can be. A tap meets the windows that it reads inside the image, no others. Many
-// windows and few weights are split among tasks, whose partial sums are added in a fixed order.
+// panels of vectors, where it lies if it can be. A tap meets the windows that it reads inside the image, no others; padding is
+// multiplied only where all the taps of a row go together, and not where a number is not finite. Many windows and few weights
+// are split among tasks, whose partial sums are added in a fixed order.
 
 constexpr int64_t kBlock = 256;  // windows
 
@@ -321,7 +322,6 @@ struct WeightTask {
       const int64_t count = Least(kBlock, windows.end - begin);
       const List<Piece> block = {pieces, ListPieces(problem, {begin, begin + count}, pieces)};
       const E* const block_source = source.data + group * in + begin * source.channels;
-      // Padding is packed as zeros, which must not meet what is not finite.
       if (padded && !Finite(block_source, count * source.channels)) {
         AddOneByOne(t, p, block, image_data, block_source, sums);
         continue;
@@ -387,10 +387,7 @@ struct WeightTask {
     }
   }
 
-  template <class Number>
-  Number* SumsAt(int64_t tile, int64_t panel, Number* sums) const {
-    return sums + tile * part_size() + panel * kTile;
-  }
+  T* SumsAt(int64_t tile, int64_t panel, T* sums) const { return sums + tile * part_size() + panel * kTile; }
 
   // The same sums, a product at a time and none of padding.
   void AddOneByOne(Interval t, Interval p, List<Piece> block, const E* image_data, const E* block_source, T* sums) const {

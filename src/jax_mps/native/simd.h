@@ -63,7 +63,7 @@ inline V Pick(V v, const int32_t (&table)[kVectorBytes / 4]) {
 #elif defined(__AVX2__)
   return Bits<V>(_mm256_permutevar8x32_epi32(Bits<__m256i>(v), Bits<__m256i>(table)));
 #else
-  return v;
+  return static_cast<void>(table), v;
 #endif
 }
 
