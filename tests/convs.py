@@ -141,6 +141,11 @@ CASES = {
     # so few weights for long lines that the native kernel reads its operands where they lie
     "few-weights": Conv((40,), (4,), 2, 1, inputs=20, outputs=3),
     "few-weights-groups": Conv((3, 22), (2, 3), 2, ((1, 0), (3, 2)), 0, (1, 2), 36, 4, 2),
+    # small groups that fill whole vectors, whose channels the native kernel picks in registers
+    "groups-of-two": Conv((6,), (3,), 2, 1, 1, 1, 32, 32, 16),
+    "groups-of-four": Conv((3, 4), (3, 2), 2, ((1, 1), (0, 1)), 0, 1, 32, 32, 8, True),
+    "groups-of-eight": Conv((2, 3, 2), (2, 1, 2), 1, ((0, 0), (0, 0), (1, 0)), 0, (1, 1, 2), 32, 32, 4),
+    "groups-to-more": Conv((5,), (3,), 2, 1, 0, 1, 16, 32, 8),
 }
 
 
@@ -151,6 +156,7 @@ BOTH_LAYOUTS = (
 )  # fmt: skip
 NATIVE_ALONE = (
     "same", "skips", "one-tap-dilated", "gaps", "rectangle", "image-head", "one-channel", "volume-same",
+    "groups-of-two", "groups-of-four", "groups-of-eight", "groups-to-more",
 )  # fmt: skip
 PATHS = [
     (implementation, name, data_format)

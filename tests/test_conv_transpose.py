@@ -339,6 +339,7 @@ SPECIAL = [
     "mixed",
     "few-weights",
     "few-weights-groups",
+    "groups-of-four",
 ]
 
 
