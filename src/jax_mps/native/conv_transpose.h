@@ -210,6 +210,30 @@ inline void ForBlocks(int64_t rows, int64_t columns, const Body& body) {
   }
 }
 
+// to[r * to_row + c * to_column] = from[r * from_row + c * from_column], through numbers of type T. On both sides one of the
+// steps is 1.
+template <class T, class From, class To>
+inline void Rearrange(int64_t rows, int64_t columns, const From* from, int64_t from_row, int64_t from_column, To* to, int64_t to_row,
+                      int64_t to_column) {
+  if (from_column != 1) return Rearrange<T>(columns, rows, from, from_column, from_row, to, to_column, to_row);
+  if (to_column == 1) {
+    for (int64_t r = 0; r < rows; ++r, from += from_row, to += to_row) {
+      Sweep<kLanes<T>>(columns, [&](auto n, auto vectors, int64_t c) {
+        constexpr int kN = decltype(n)::value;
+        for (int v = 0; v < decltype(vectors)::value; ++v, c += kN) Store<kN>(to + c, Load<T, kN>(from + c));
+      });
+    }
+  } else {
+    ForBlocks(rows, columns, [&](auto n, int64_t r, int64_t c) {
+      constexpr int kN = decltype(n)::value;
+      Vec<T, kN> m[kN];
+      for (int i = 0; i < kN; ++i) m[i] = Load<T, kN>(from + (r + i) * from_row + c);
+      if constexpr (kN == 4) Transpose(m);
+      for (int i = 0; i < kN; ++i) Store<kN>(to + r + (c + i) * to_column, m[i]);
+    });
+  }
+}
+
 // ---- The kernel, packed into panels: [group][panel][tap][depth][vectors].
 
 // Where entry (group, tap, lane, depth) lies. Lanes count `inner` ones of `lane`, then one of `outer`, and so on.
@@ -226,31 +250,6 @@ struct Weights {
   int64_t group_size() const { return lanes.vectors() * kLanes<T> * steps; }
   int64_t panels() const { return groups * lanes.panels(); }
 };
-
-// to[d * pitch + l] = from[d * strides.depth + l * strides.lane].
-template <class E, class T>
-inline void PackRun(const E* from, int64_t lanes, int64_t depth, const KernelStrides& strides, int64_t pitch, T* to) {
-  if (strides.lane == 1) {
-    for (int64_t d = 0; d < depth; ++d, from += strides.depth, to += pitch) {
-      Sweep<kLanes<T>>(lanes, [&](auto n, auto vectors, int64_t l) {
-        constexpr int kN = decltype(n)::value;
-        for (int v = 0; v < decltype(vectors)::value; ++v, l += kN) StoreRaw<kN>(to + l, Load<T, kN>(from + l));
-      });
-    }
-  } else if (strides.depth == 1) {
-    ForBlocks(lanes, depth, [&](auto n, int64_t l, int64_t d) {
-      constexpr int kN = decltype(n)::value;
-      Vec<T, kN> m[kN];
-      for (int i = 0; i < kN; ++i) m[i] = Load<T, kN>(from + (l + i) * strides.lane + d);
-      if constexpr (kN == 4) Transpose(m);
-      for (int i = 0; i < kN; ++i) StoreRaw<kN>(to + (d + i) * pitch + l, m[i]);
-    });
-  } else {
-    for (int64_t l = 0; l < lanes; ++l) {
-      for (int64_t d = 0; d < depth; ++d) to[d * pitch + l] = Load<T, 1>(from + d * strides.depth + l * strides.lane)[0];
-    }
-  }
-}
 
 template <class E, class T>
 bool Pack(const Schedule& schedule, const E* kernel, const KernelStrides& strides, int64_t taps, int64_t depth,
@@ -282,7 +281,8 @@ bool Pack(const Schedule& schedule, const E* kernel, const KernelStrides& stride
       for (int64_t lane = 0, next; lane < count; lane = next) {
         const int64_t run = (start + lane) / strides.inner, first = (start + lane) % strides.inner;
         next = Least(count, lane + strides.inner - first);
-        PackRun(from + run * strides.outer + first * strides.lane, next - lane, c.depth, strides, pitch, to + lane);
+        Rearrange<T>(c.depth, next - lane, from + run * strides.outer + first * strides.lane, strides.depth, strides.lane,
+                     to + lane, pitch, 1);
       }
     }
     return true;

@@ -163,27 +163,6 @@ inline void MultiplyBlock(int64_t height, int64_t vectors, List<Stretch> stretch
   MultiplyBlock<packed, R, V>(stretches, rows, row_step, panel, panel_step, sums);
 }
 
-// result[r * row_step + l * lane_step] = numbers[r * pitch + l]; one of the steps is 1.
-template <class T, class R>
-inline void Spread(const T* numbers, int64_t rows, int64_t lanes, int64_t pitch, int64_t row_step, int64_t lane_step, R* result) {
-  if (lane_step == 1) {
-    for (int64_t r = 0; r < rows; ++r, numbers += pitch, result += row_step) {
-      Sweep<kLanes<T>>(lanes, [&](auto n, auto vectors, int64_t l) {
-        constexpr int kN = decltype(n)::value;
-        for (int v = 0; v < decltype(vectors)::value; ++v, l += kN) Store<kN>(result + l, LoadRaw<T, kN>(numbers + l));
-      });
-    }
-  } else {
-    ForBlocks(rows, lanes, [&](auto n, int64_t r, int64_t l) {
-      constexpr int kN = decltype(n)::value;
-      Vec<T, kN> m[kN];
-      for (int i = 0; i < kN; ++i) m[i] = LoadRaw<T, kN>(numbers + (r + i) * pitch + l);
-      if constexpr (kN == 4) Transpose(m);
-      for (int i = 0; i < kN; ++i) Store<kN>(result + r + (l + i) * lane_step, m[i]);
-    });
-  }
-}
-
 // Many weights, one unit of work a block of them: [tile][panel][row][lane]. The columns of the image are those of a run of taps:
 // one, or a row of the kernel where that fills tiles and panels better.
 template <class E, class T>
@@ -434,10 +413,11 @@ struct WeightTask {
         next = Least(end, (k + 1) * out);
         R* to = of_group + (RunAt(i, q) * run_taps + k) * layout.tap + (column - k * out) * layout.out;
         if (image_lanes) {
-          Spread(sums + column - begin, rows.end - rows.begin, next - column, pitch, layout.in, layout.out, to + rows.begin * layout.in);
+          Rearrange<T>(rows.end - rows.begin, next - column, sums + column - begin, pitch, 1, to + rows.begin * layout.in, layout.in,
+                       layout.out);
         } else {
-          Spread(sums + (column - begin) * pitch, next - column, lanes.end - lanes.begin, pitch, layout.out, layout.in,
-                 to + lanes.begin * layout.in);
+          Rearrange<T>(next - column, lanes.end - lanes.begin, sums + (column - begin) * pitch, pitch, 1,
+                       to + lanes.begin * layout.in, layout.out, layout.in);
         }
       }
     }
@@ -544,8 +524,8 @@ struct DirectTask {
   void Emit(int64_t group, int64_t q, const T* sums, R* result) const {
     const Panel panel = lanes.panel(q);
     for (int64_t tap = 0; tap < Taps(problem); ++tap, sums += out * kPitch) {
-      Spread(sums, out, panel.vectors * kN, kPitch, layout.out, layout.in,
-             result + layout.base + group * layout.group + tap * layout.tap + panel.start * layout.in);
+      Rearrange<T>(out, panel.vectors * kN, sums, kPitch, 1,
+                   result + layout.base + group * layout.group + tap * layout.tap + panel.start * layout.in, layout.out, layout.in);
     }
   }
 };
