@@ -4,7 +4,8 @@ template <class T>
 struct Average {
   using Element = T;
   using Wide = Acc<T>;
-  static constexpr int kLanes = kVectorBytes / sizeof(Wide), kVectors = 8;
+  static constexpr int kLanes = kVectorBytes / sizeof(Wide);
+  static constexpr int kVectors = kVectorBytes == 64 ? 16 : 8;  // the longer what is read of a row, the better it streams
   static constexpr bool kBackward = false, kSeparable = true;
   template <int N>
   using State = Vec<Wide, N>;

@@ -23,7 +23,7 @@ namespace jax_mps {
 namespace {
 
 constexpr int64_t kGrain = 64 << 10;  // bytes: less than this is not worth a task
-constexpr int64_t kTasksPerThread = 8;
+constexpr int64_t kTasksPerThread = 64;  // small ones: who finishes first waits for the rest of one
 
 // Subnormal numbers count while this lives. XLA lets some of its threads flush them to zero, which would make the tap of a
 // maximum, and the norm of a small vector, depend on the thread.

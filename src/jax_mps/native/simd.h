@@ -513,7 +513,7 @@ struct Order {
   }
 };
 
-// ---- Sweeping a run of n elements: `most` vectors at a time (8 or 4), then four, then one. The last group overlaps the one
+// ---- Sweeping a run of n elements: `most` vectors at a time (16, 8 or 4), then eight, four and one. The last group overlaps the one
 // before it; a run shorter than a vector takes fewer lanes. body(lanes, vectors, position), the first two as types.
 
 template <int N>
@@ -523,6 +523,9 @@ template <int N, int most = 4, class Body>
 JAX_MPS_INLINE void Sweep(int64_t n, const Body& body) {
   if (n >= N) {
     int64_t i = 0;
+    if constexpr (most >= 16) {
+      for (; i + 16 * N <= n; i += 16 * N) body(Int<N>(), Int<16>(), i);
+    }
     if constexpr (most >= 8) {
       for (; i + 8 * N <= n; i += 8 * N) body(Int<N>(), Int<8>(), i);
     }

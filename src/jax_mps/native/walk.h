@@ -2,7 +2,7 @@
 //
 // An operation `Op` says what is done with it:
 //   Element, Wide             type of the sources; type of the sums or keys a row of scratch holds
-//   kLanes, kVectors          lanes of a full vector; how many vectors' states fit into the registers (8 or 4)
+//   kLanes, kVectors          lanes of a full vector; how many vectors' states fit into the registers (16, 8 or 4)
 //   kBackward, kSeparable     direction; whether rows may be reduced before columns
 //   State<N>                  N targets in registers (Vec<Wide, N> if backward or separable)
 //   Begin(lanes, target, tap) the state before the first tap
