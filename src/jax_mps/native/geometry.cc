@@ -138,7 +138,9 @@ Plan::Plan(const Geometry& geometry, const Wishes& wishes) : outer(geometry.oute
   phase_length = wishes.backward ? CeilDiv(length, axis.stride)
                                  : length + axis.dilation * (axis.kernel - 1) / axis.stride;
 
+  const bool filled = folded && wishes.backward;  // window by window, without runs
   for (Chunk& chunk : storage_->chunks) {
+    if (filled) break;
     const int64_t before = storage_->runs.size();
     for (int64_t phase = 0; phase < std::min(phases, chunk.end - chunk.begin); ++phase) {
       const int64_t in_phase = (chunk.end - chunk.begin - phase - 1) / phases + 1;
