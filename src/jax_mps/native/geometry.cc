@@ -9,6 +9,7 @@ namespace {
 
 constexpr int64_t kScratchBytes = 128 << 10;  // of a row: a fraction of the level-2 cache
 constexpr int64_t kRowBytes = 64 << 10;       // of a piece that needs no scratch
+constexpr int64_t kBandBytes = 1 << 20;       // of the sums of a band
 constexpr int64_t kShortRow = 1024;           // elements of a row for strips
 constexpr int64_t kFewUnits = 64;             // so many pieces are enough for the threads to share
 constexpr int64_t kBlock = 2048;              // channels of a block, where there are more than twice as many
@@ -71,6 +72,13 @@ Range Line::Sources(int64_t begin, int64_t end) const {
       backward ? FloorDiv(end - 1 + axis.lo, axis.stride) + 1 : axis.stride * (end - 1) - axis.lo + reach + 1;
   const int64_t first = std::clamp<int64_t>(lower, 0, sources());
   return {first, std::clamp<int64_t>(upper, first, sources())};
+}
+
+Range Line::Whole(Range pixels) const {
+  const int64_t reach = axis.dilation * (axis.kernel - 1);
+  const int64_t begin = std::clamp<int64_t>(CeilDiv(pixels.begin + axis.lo, axis.stride), 0, axis.windows);
+  const int64_t end = FloorDiv(pixels.end - 1 - reach + axis.lo, axis.stride) + 1;
+  return {begin, std::clamp<int64_t>(end, begin, axis.windows)};
 }
 
 struct Plan::Storage {
@@ -237,6 +245,49 @@ Strips::Strips(const Geometry& geometry, int64_t lanes, int64_t source_bytes, in
   }
   worthwhile &= copied() * source_bytes + sums() * sum_bytes <= 4 * kScratchBytes;
 }
+
+Bands::Bands(const Geometry& geometry, int64_t lanes, int64_t sum_bytes)
+    : outer(geometry.outer), inner(geometry.inner), axis(0), pitch(geometry.inner), tap_count(1), taps(nullptr) {
+  int64_t windows = 1;
+  for (int a = 0; a < 3; ++a) {
+    line[a] = Line(geometry.axis[a], true);
+    windows *= geometry.axis[a].windows;
+    tap_count *= geometry.axis[a].kernel;
+  }
+  while (axis < 2 && geometry.axis[axis].size == 1) ++axis;
+  for (int a = axis + 1; a < 3; ++a) pitch *= geometry.axis[a].size;
+
+  const Axis& cut = geometry.axis[axis];
+  const int64_t halo = cut.dilation * (cut.kernel - 1);
+  const int64_t room = std::max<int64_t>(1, kBandBytes / (pitch * sum_bytes));
+  length = std::clamp<int64_t>(std::max(4 * halo, outer * cut.size / kFewUnits), 1, std::min(room, cut.size));
+  count = CeilDiv(cut.size, length);
+  length = CeilDiv(cut.size, count);
+  // Cycles a pixel, as measured. Either way reads a window's tap once a pixel, or once.
+  const Axis& last = geometry.axis[2];
+  const double pixels = static_cast<double>(cut.size) * (pitch / inner), held = windows / pixels;
+  double gather = 0.4 + 2.0 * held * tap_count / lanes;
+  if (inner >= lanes) {
+    gather += last.stride > 1 ? 20.0 / inner : 0;
+  } else {
+    const bool pairs = last.stride == 2 && inner == 1;
+    gather += 60.0 * geometry.axis[0].kernel / last.size + (last.stride > 1 && !pairs ? 3 : 0);
+  }
+  const double reading = static_cast<double>(length + halo) / length;
+  worthwhile = 0.25 + 6 * held * reading + 10 * tap_count / (pixels * outer * inner) < gather;
+  if (!worthwhile) return;
+
+  Tap* const list = new Tap[tap_count];
+  const Axis* const a = geometry.axis;
+  for (int64_t t = 0; t < tap_count; ++t) {
+    const int64_t number[] = {t / a[2].kernel / a[1].kernel, t / a[2].kernel % a[1].kernel, t % a[2].kernel};
+    for (int i = 0; i < 3; ++i) list[t].pixel[i] = a[i].dilation * number[i];
+    list[t].element = ((list[t].pixel[0] * a[1].size + list[t].pixel[1]) * a[2].size + list[t].pixel[2]) * inner;
+  }
+  taps = list;
+}
+
+Bands::~Bands() { delete[] taps; }
 
 void MergeCoveredAxes(Geometry& geometry) {
   Axis* axis = geometry.axis;

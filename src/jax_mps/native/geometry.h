@@ -44,6 +44,7 @@ struct Line {
   int64_t sources() const { return backward ? axis.windows : axis.size; }
   Reach At(int64_t target) const;
   Range Sources(int64_t begin, int64_t end) const;  // all that these targets read
+  Range Whole(Range pixels) const;                  // the windows all of whose taps are there
 };
 
 // A run: targets of one phase along the last axis that read the same taps. Positions count pixels (of `pitch` elements).
@@ -120,6 +121,32 @@ struct Strips {
   int64_t pitch() const { return line[2].sources() * inner; }
   int64_t copied() const { return (planes * height * pitch() + 1) / 2 * 2; }  // even: what follows is aligned, too
   int64_t sums() const { return line[2].axis.stride * (rows / line[1].axis.stride) * pitch(); }
+};
+
+// A third way to walk backward, for windows of many taps or with few of them a pixel: window by window, what one holds is added to
+// the pixel of its tap. A piece is a band of the outermost axis that has several pixels, so that it is adjacent memory. Windows
+// that reach into two bands are read for both.
+struct Bands {
+  struct Tap {
+    int64_t element, pixel[3];  // from the first tap
+  };
+
+  int64_t outer, inner;
+  Line line[3];
+  int axis;               // which one is cut
+  int64_t pitch;          // elements of a pixel along it
+  int64_t length, count;  // pixels of a band along it; bands of an image
+  int64_t tap_count;
+  const Tap* taps;
+  bool worthwhile;
+
+  // Lanes of a vector of targets, bytes of a sum.
+  Bands(const Geometry& geometry, int64_t lanes, int64_t sum_bytes);
+  ~Bands();
+  Bands(const Bands&) = delete;
+
+  int64_t units() const { return outer * count; }
+  int64_t size() const { return length * pitch; }
 };
 
 // Joins a last axis that one window covers exactly with the axis before it: global pooling becomes one-dimensional.

@@ -204,7 +204,7 @@ inline void CopyRow(const T* row, T* copy, int64_t before, int64_t count, int64_
 
 // A strip of planes of short rows. A window that is not there has no tap, so what it holds does not count.
 template <class T, class I>
-inline void PutStrip(const Strips& strips, const PutTap<T, I>& op, int64_t unit, int64_t* scratch) {
+inline void PutUnit(const Strips& strips, const PutTap<T, I>& op, int64_t unit, void* scratch) {
   using Wide = Acc<T>;
   constexpr int kLanes = PutTap<T, I>::kLanes;
   const Line* line = strips.line;
@@ -217,7 +217,7 @@ inline void PutStrip(const Strips& strips, const PutTap<T, I>& op, int64_t unit,
   const Range rows = line[1].Sources(begin, end);
   const int64_t plane_pitch = (rows.end - rows.begin) * pitch;
 
-  int64_t* const offset = scratch;
+  int64_t* const offset = static_cast<int64_t*>(scratch);
   Wide* const sums = reinterpret_cast<Wide*>(offset + strips.taps);
   Wide* const row = sums + strips.sums();
   T* const values = reinterpret_cast<T*>(row + width);
@@ -275,27 +275,106 @@ inline void PutStrip(const Strips& strips, const PutTap<T, I>& op, int64_t unit,
   }
 }
 
+// Adds what some windows of a row hold: window w to sums[position + w * step + its tap]. If not `whole`, taps may lie outside the
+// band, whose pixels are counted from the first tap of window 0.
+template <bool whole, class T, class I>
+inline void AddWindows(const Bands& bands, Range windows, const T* source, const I* taps, const Range* band, int64_t position,
+                       int64_t step, int64_t pixel_step, Acc<T>* sums) {
+  const int64_t inner = bands.inner;
+  const uint64_t count = bands.tap_count;
+  const Bands::Tap* const list = bands.taps;
+  for (int64_t w = windows.begin; w < windows.end; ++w) {
+    const T* const values = source + w * inner;
+    const I* const numbers = taps + w * inner;
+    Acc<T>* const to = sums + position + w * step;
+    for (int64_t c = 0; c < inner; ++c) {
+      const uint64_t number = numbers[c];
+      if (number >= count) continue;  // names none
+      const Bands::Tap& tap = list[number];
+      if constexpr (!whole) {
+        const auto in = [&](int a, int64_t pixel) { return pixel >= band[a].begin && pixel < band[a].end; };
+        if (!in(0, tap.pixel[0]) || !in(1, tap.pixel[1]) || !in(2, w * pixel_step + tap.pixel[2])) continue;
+      }
+      to[c + tap.element] += Load<Acc<T>, 1>(values + c)[0];
+    }
+  }
+}
+
+// A band.
 template <class T, class I>
-bool Put(const Problem& problem, const PutTap<T, I>& op) {
-  const Strips strips(problem.geometry, PutTap<T, I>::kLanes, sizeof(T) + sizeof(I), sizeof(Acc<T>));
-  if (!strips.worthwhile) return Walk(problem.geometry, *problem.schedule, op);
+inline void PutUnit(const Bands& bands, const PutTap<T, I>& op, int64_t unit, void* scratch) {
+  const Line* line = bands.line;
+  const int64_t outer = unit / bands.count, first = unit % bands.count * bands.length;
+  Range band[3], windows[3];
+  for (int a = 0; a < 3; ++a) {
+    const int64_t size = line[a].targets();
+    band[a] = {0, size};
+    if (a == bands.axis) band[a] = {first, first + bands.length < size ? first + bands.length : size};
+    windows[a] = line[a].Sources(band[a].begin, band[a].end);
+  }
+  const int64_t elements = (band[bands.axis].end - first) * bands.pitch;
+  T* const target = op.target + (outer * line[bands.axis].targets() + first) * bands.pitch;
+  Acc<T>* sums = static_cast<Acc<T>*>(scratch);
+  if constexpr (std::is_same_v<T, Acc<T>>) sums = target;
+  __builtin_memset(sums, 0, elements * sizeof(Acc<T>));
+
+  const Axis& row = line[2].axis;
+  const Range whole = line[2].Whole(band[2]);
+  for (int64_t i = windows[0].begin; i < windows[0].end; ++i) {
+    for (int64_t j = windows[1].begin; j < windows[1].end; ++j) {
+      const int64_t at[2] = {line[0].axis.stride * i - line[0].axis.lo, line[1].axis.stride * j - line[1].axis.lo};
+      bool inside = true;
+      Range rest[3] = {band[0], band[1], {band[2].begin + row.lo, band[2].end + row.lo}};
+      for (int a = 0; a < 2; ++a) {
+        rest[a] = {band[a].begin - at[a], band[a].end - at[a]};
+        inside &= rest[a].begin <= 0 && line[a].axis.dilation * (line[a].axis.kernel - 1) < rest[a].end;
+      }
+      const int64_t source = ((outer * line[0].sources() + i) * line[1].sources() + j) * line[2].sources() * bands.inner;
+      const int64_t position =
+          ((-rest[0].begin * line[1].targets() - rest[1].begin) * line[2].targets() - rest[2].begin) * bands.inner;
+      const Range clear = inside ? whole : Range{windows[2].end, windows[2].end};
+      const auto add = [&](auto all, int64_t begin, int64_t end) {
+        AddWindows<decltype(all)::value>(bands, {begin, end}, op.source + source, op.taps + source, rest, position,
+                                         row.stride * bands.inner, row.stride, sums);
+      };
+      add(std::false_type(), windows[2].begin, clear.begin);
+      add(std::true_type(), clear.begin, clear.end);
+      add(std::false_type(), clear.end, windows[2].end);
+    }
+  }
+  if constexpr (!std::is_same_v<T, Acc<T>>) FinishSums(op, sums, target - op.target, elements);
+}
+
+template <class Way, class T, class I>
+bool PutUnits(const Problem& problem, const Way& way, const PutTap<T, I>& op, int64_t scratch, int64_t bytes_per_unit) {
   struct Context {
-    const Strips& strips;
+    const Way& way;
     const PutTap<T, I>& op;
     int64_t scratch;
   };
-  const Context context = {strips, op,
-                           static_cast<int64_t>(strips.taps * sizeof(int64_t) + strips.copied() * (sizeof(T) + sizeof(I)) +
-                                                (strips.sums() + strips.line[2].targets() * strips.inner) * sizeof(Acc<T>))};
+  const Context context = {way, op, scratch};
   const auto body = [](const void* data, int64_t begin, int64_t end) {
     const Context& context = *static_cast<const Context*>(data);
-    int64_t* scratch = static_cast<int64_t*>(Scratch(context.scratch));
-    if (scratch == nullptr) return false;
-    for (int64_t unit = begin; unit < end; ++unit) PutStrip(context.strips, context.op, unit, scratch);
+    void* scratch = Scratch(context.scratch);
+    if (scratch == nullptr && context.scratch > 0) return false;
+    for (int64_t unit = begin; unit < end; ++unit) PutUnit(context.way, context.op, unit, scratch);
     StreamFence();
     return true;
   };
-  return ParallelFor(*problem.schedule, strips.units(), strips.copied() * (sizeof(T) + sizeof(I)), body, &context);
+  return ParallelFor(*problem.schedule, way.units(), bytes_per_unit, body, &context);
+}
+
+template <class T, class I>
+bool Put(const Problem& problem, const PutTap<T, I>& op) {
+  constexpr int64_t kSum = sizeof(Acc<T>), kWindow = sizeof(T) + sizeof(I);
+  constexpr int kLanes = PutTap<T, I>::kLanes;
+  const Bands bands(problem.geometry, kLanes, kSum);
+  if (bands.worthwhile) return PutUnits(problem, bands, op, std::is_same_v<T, Acc<T>> ? 0 : bands.size() * kSum, bands.size() * kWindow);
+  const Strips strips(problem.geometry, kLanes, kWindow, kSum);
+  if (!strips.worthwhile) return Walk(problem.geometry, *problem.schedule, op);
+  const int64_t row = strips.line[2].targets() * strips.inner;
+  const int64_t scratch = strips.taps * sizeof(int64_t) + strips.copied() * kWindow + (strips.sums() + row) * kSum;
+  return PutUnits(problem, strips, op, scratch, strips.copied() * kWindow);
 }
 
 template <class T>
