@@ -74,6 +74,15 @@ struct Spread {
   }
   const Spread& At(int64_t) const { return *this; }
 
+  template <int N>
+  State<N> Share(Int<N>, int64_t from, int64_t counted) const {
+    const State<N> value = Load<Wide, N>(source + from);
+    if (!weighted) return value / divisor;
+    return counted != 0 ? value / static_cast<Wide>(counted) : State<N>{};
+  }
+  bool Weighted() const { return weighted; }
+  Spread Shared() const { return {source, target, true, divisor, stream}; }
+
   // Sums of rows, divided.
   struct Quotient : ToScratch<Spread> {
     using ToScratch<Spread>::ToScratch;
@@ -84,7 +93,7 @@ struct Spread {
   };
 
   Spread Stage(const Plan& plan, const Piece& piece, Wide* row) const {
-    const Spread divided = {source, target, true, divisor, stream};
+    const Spread divided = Shared();
     if (!weighted && plan.alone) {
       ReduceRows(plan, piece, Quotient(*this, row));
       return divided;
@@ -125,5 +134,9 @@ template <template <class> class Op, class T>
 bool Averaging(const Problem& problem) {
   const Op<T> op = {static_cast<const T*>(problem.operand[0]), static_cast<T*>(problem.result[0]),
                     problem.geometry.weighted, static_cast<Acc<T>>(problem.geometry.divisor), problem.stream};
+  if constexpr (Op<T>::kBackward) {
+    const Tiles tiles(problem.geometry);
+    if (tiles.possible) return FillTiles(tiles, *problem.schedule, op);
+  }
   return Walk(problem.geometry, *problem.schedule, op);
 }

@@ -191,11 +191,21 @@ class Call {
     problem_.schedule = &schedule;
     // Unpooling has no windows: its positions are numbers in a plane, whose axes have to stay.
     if (problem_.op != Op::kMaxUnpool && problem_.op != Op::kMaxUnpoolTake) MergeCoveredAxes(problem_.geometry);
+    problem_.stream &= StreamsWell();
     if (ThisInstructionSet().execute(problem_)) return ffi::Error::Success();
     return ffi::Error(ffi::ErrorCode::kResourceExhausted, "jax_mps: no memory for scratch");
   }
 
  private:
+  // Whether what is stored at once, a pixel of many channels or a row of few, are whole lines of the cache: to go past it with
+  // parts of them is far slower than not to.
+  bool StreamsWell() const {
+    constexpr int64_t kLine = 64;
+    const Geometry& geometry = problem_.geometry;
+    const int64_t pixel = geometry.inner * (problem_.type == Type::kF64 ? 8 : 4);  // half precision is never streamed
+    return (pixel < kLine ? pixel * geometry.axis[2].size : pixel) % kLine == 0;
+  }
+
   Problem problem_ = {};
   std::string error_;
   bool empty_ = false;

@@ -10,6 +10,7 @@ namespace {
 constexpr int64_t kScratchBytes = 128 << 10;  // of a row: a fraction of the level-2 cache
 constexpr int64_t kRowBytes = 64 << 10;       // of a piece that needs no scratch
 constexpr int64_t kBandBytes = 1 << 20;       // of the sums of a band
+constexpr int64_t kPieceElements = 8 << 10;     // of a piece of a row of tiles
 constexpr int64_t kShortRow = 1024;           // elements of a row for strips
 constexpr int64_t kFewUnits = 64;             // so many pieces are enough for the threads to share
 constexpr int64_t kBlock = 2048;              // channels of a block, where there are more than twice as many
@@ -97,9 +98,8 @@ Plan::Plan(const Geometry& geometry, const Wishes& wishes) : outer(geometry.oute
 
   block = inner > 2 * kBlock ? kBlock : inner;
   blocks = CeilDiv(inner, block);
-  const bool apart = axis.stride >= wishes.lanes && axis.kernel >= wishes.lanes &&
-                     (!wishes.backward || axis.kernel <= axis.stride);
-  folded = wishes.separable && inner == 1 && axis.dilation == 1 && (axis.windows == 1 || apart);
+  const bool apart = axis.stride >= wishes.lanes && axis.kernel >= wishes.lanes;
+  folded = wishes.separable && !wishes.backward && inner == 1 && axis.dilation == 1 && (axis.windows == 1 || apart);
   const bool narrow = !folded && axis.stride > 1 && inner < wishes.lanes && axis.windows > 1;
   rows = 1;
   for (int a = 0; a < 2; ++a) rows *= std::clamp<int64_t>(geometry.axis[a].size, 1, geometry.axis[a].kernel);
@@ -111,7 +111,7 @@ Plan::Plan(const Geometry& geometry, const Wishes& wishes) : outer(geometry.oute
   // Where targets share their only source, what is to be done to it is done once.
   alone = wishes.backward && (axis.windows == 1 || axis.kernel <= -last.tap_step);
   staged = wishes.separable && ((rows_read > 1 && cheaper) || forward_split || (alone && axis.kernel > 1) ||
-                                  (folded && (rows_read > 1 || wishes.backward)) || (geometry.weighted && wishes.backward));
+                                  (folded && rows_read > 1) || (geometry.weighted && wishes.backward));
   phased = narrow;
   // A walk that needs every row of the window split keeps them all in scratch: give that up where they are too many.
   const int64_t window_span = axis.dilation * (axis.kernel - 1) + axis.stride * wishes.lanes;
@@ -146,9 +146,7 @@ Plan::Plan(const Geometry& geometry, const Wishes& wishes) : outer(geometry.oute
   phase_length = wishes.backward ? CeilDiv(length, axis.stride)
                                  : length + axis.dilation * (axis.kernel - 1) / axis.stride;
 
-  const bool filled = folded && wishes.backward;  // window by window, without runs
   for (Chunk& chunk : storage_->chunks) {
-    if (filled) break;
     const int64_t before = storage_->runs.size();
     for (int64_t phase = 0; phase < std::min(phases, chunk.end - chunk.begin); ++phase) {
       const int64_t in_phase = (chunk.end - chunk.begin - phase - 1) / phases + 1;
@@ -288,6 +286,41 @@ Bands::Bands(const Geometry& geometry, int64_t lanes, int64_t sum_bytes)
 }
 
 Bands::~Bands() { delete[] taps; }
+
+Tiles::Tiles(const Geometry& geometry) : outer(geometry.outer), inner(geometry.inner), possible(true) {
+  for (int a = 0; a < 3; ++a) {
+    axis[a] = geometry.axis[a];
+    possible &= axis[a].dilation == 1 && (axis[a].windows == 1 || axis[a].kernel <= axis[a].stride);
+  }
+  const Axis& row = axis[2];
+  length = std::clamp<int64_t>(kPieceElements / inner, 1, row.size);
+  if (length > row.stride) length -= length % row.stride;
+  count = CeilDiv(row.size, length);
+  whole = Line(row, true).Whole({0, row.size});
+}
+
+Range Tiles::Pixels(int64_t piece) const { return {piece * length, std::min((piece + 1) * length, axis[2].size)}; }
+
+Range Tiles::Windows(Range pixels) const {
+  const Axis& row = axis[2];
+  const auto window = [&](int64_t pixel) { return std::min((pixel + row.lo) / row.stride, row.windows - 1); };
+  return {window(pixels.begin), window(pixels.end - 1) + 1};
+}
+
+Range Tiles::Covered(int a, int64_t window) const {
+  const int64_t first = axis[a].stride * window - axis[a].lo;
+  const int64_t begin = std::clamp<int64_t>(first, 0, axis[a].size);
+  return {begin, std::clamp<int64_t>(first + axis[a].kernel, begin, axis[a].size)};
+}
+
+Range Tiles::Period(int a, int64_t window) const {
+  const bool last = window + 1 == axis[a].windows;
+  return {Covered(a, window).begin, last ? axis[a].size : Covered(a, window + 1).begin};
+}
+
+int64_t Tiles::Counted(int64_t i, int64_t j, int64_t k) const {
+  return Divisor(axis[0], i) * Divisor(axis[1], j) * Divisor(axis[2], k);
+}
 
 void MergeCoveredAxes(Geometry& geometry) {
   Axis* axis = geometry.axis;

@@ -76,7 +76,7 @@ struct Plan {
   const Reach* reach[2];  // of every target along the first two axes
   bool staged;          // rows are reduced vertically first
   bool phased;          // the strided side of a row passes through scratch, one phase after the other
-  bool folded;          // single elements far apart: a window is reduced, or filled, along its own taps
+  bool folded;          // forward, single elements far apart: a window is reduced along its own taps
   bool alone;           // backward: a target reads at most one source of a row
   bool joined;          // consecutive targets of a run are adjacent on both sides
   int64_t block;        // channels worked on together
@@ -147,6 +147,24 @@ struct Bands {
 
   int64_t units() const { return outer * count; }
   int64_t size() const { return length * pitch; }
+};
+
+// A way for windows that do not overlap: a pixel belongs to one at most. A piece is some pixels of the rows from a row of windows
+// to the next.
+struct Tiles {
+  int64_t outer, inner;
+  Axis axis[3];
+  int64_t length, count;  // pixels of a piece; pieces of a row
+  Range whole;            // windows of a row that lie inside it
+  bool possible;
+
+  explicit Tiles(const Geometry& geometry);
+  int64_t units() const { return outer * axis[0].windows * axis[1].windows * count; }
+  Range Pixels(int64_t piece) const;
+  Range Windows(Range pixels) const;           // that the pixels of a row belong to, or lie behind
+  Range Covered(int a, int64_t window) const;  // the pixels that a window reads
+  Range Period(int a, int64_t window) const;   // with those up to the next window
+  int64_t Counted(int64_t i, int64_t j, int64_t k) const;  // taps of a window that its average counts
 };
 
 // Joins a last axis that one window covers exactly with the axis before it: global pooling becomes one-dimensional.

@@ -150,6 +150,14 @@ struct NormGradient {
     Store<N>(target + to, Load<Wide, N>(source + to) * sum);
   }
   const NormGradient& At(int64_t) const { return *this; }
+  template <int N>
+  State<N> Share(Int<N> lanes, int64_t from, int64_t) const {
+    State<N> value{};
+    Tap(lanes, value, from, 0);
+    return value;
+  }
+  bool Weighted() const { return false; }
+  const NormGradient& Shared() const { return *this; }
   NormGradient Stage(const Plan& plan, const Piece& piece, Wide* row) const {
     ReduceRows(plan, piece, ToScratch<NormGradient>(*this, row));
     return *this;
@@ -174,5 +182,7 @@ template <class T>
 bool L2PoolGradient(const Problem& problem) {
   const NormGradient<T> op = {static_cast<const Acc<T>*>(problem.operand[0]), static_cast<const T*>(problem.operand[1]),
                               static_cast<const Acc<T>*>(problem.operand[2]), static_cast<T*>(problem.result[0])};
+  const Tiles tiles(problem.geometry);
+  if (tiles.possible) return FillTiles(tiles, *problem.schedule, op);
   return Walk(problem.geometry, *problem.schedule, op);
 }

@@ -236,28 +236,6 @@ inline void Fold(const Op& op, V state, int64_t source, int64_t count, int64_t t
   }
 }
 
-// The reverse: every pixel of a window receives what the window holds, pixels of no window nothing.
-template <class Op>
-inline void Fill(const Piece& piece, const Axis& axis, const Op& op, const typename Op::Wide* windows) {
-  const Chunk& chunk = *piece.chunk;
-  int64_t pixel = chunk.begin;
-  const auto give = [&](int64_t end, typename Op::Wide value) __attribute__((always_inline)) {
-    Sweep<Op::kLanes, Op::kVectors>(end - pixel, [&](auto lanes, auto vectors, int64_t i) __attribute__((always_inline)) {
-      constexpr int kN = decltype(lanes)::value;
-      for (int v = 0; v < decltype(vectors)::value; ++v, i += kN) {
-        op.Finish(lanes, Broadcast<typename Op::Wide, kN>(value), piece.target + pixel + i);
-      }
-    });
-    pixel = end > pixel ? end : pixel;
-  };
-  for (int64_t i = chunk.source_begin; i < chunk.source_end; ++i) {
-    const int64_t first = axis.stride * i - axis.lo;
-    give(first, 0);
-    give(first + axis.kernel < chunk.end ? first + axis.kernel : chunk.end, windows[i - chunk.source_begin]);
-  }
-  give(chunk.end, 0);
-}
-
 // All the runs of a piece. `source` is the element of source position 0, as the runs count.
 template <class Op>
 inline void Runs(const Plan& plan, const Piece& piece, const Op& op, const Reads& rows, int64_t source, int64_t target,
@@ -355,9 +333,6 @@ inline void WalkPiece(const Plan& plan, const Piece& piece, const Op& op, typena
       Wide* row = scratch;
       scratch += plan.span * plan.block;
       const Op staged = op.Stage(plan, piece, row);
-      if constexpr (Op::kBackward) {
-        if (plan.folded) return Fill(piece, axis, staged, row);
-      }
       if (split) {
         Rearrange<true>(row, scratch, first, count, axis.stride, plan.phase_length, plan.block);
         row = scratch;
@@ -426,4 +401,143 @@ bool Walk(const Geometry& geometry, const Schedule& schedule, const Op& op) {
   }
   const int64_t bytes = geometry.outer * geometry.inner * (pixels + windows) * sizeof(typename Op::Element);
   return ParallelFor(schedule, plan.units(), bytes / plan.units() + 1, body, &context);
+}
+
+// `count` numbers, each of them K times.
+template <int K, class Wide>
+inline void Repeat(const Wide* numbers, int64_t count, Wide* __restrict to) {
+  for (int64_t i = 0; i < count; ++i) {
+    for (int k = 0; k < K; ++k) to[K * i + k] = numbers[i];
+  }
+}
+
+// What the windows of a row hold, at the pixels that they read; 0 at the others.
+template <class Wide>
+inline void Expand(const Tiles& tiles, Range windows, const Wide* held, Range pixels, Wide* row) {
+  const Axis& axis = tiles.axis[2];
+  const int64_t inner = tiles.inner;
+  int64_t done = pixels.begin;
+  const auto zero = [&](int64_t end) {
+    for (; done < end; ++done) {
+      for (int64_t c = 0; c < inner; ++c) row[(done - pixels.begin) * inner + c] = 0;
+    }
+  };
+  const auto fill = [&](int64_t from, int64_t to) {
+    for (int64_t w = from; w < to; ++w) {
+      const Range covered = tiles.Covered(2, w);
+      const Wide* const value = held + (w - windows.begin) * inner;
+      zero(covered.begin < pixels.end ? covered.begin : pixels.end);
+      for (; done < covered.end && done < pixels.end; ++done) {
+        for (int64_t c = 0; c < inner; ++c) row[(done - pixels.begin) * inner + c] = value[c];
+      }
+    }
+  };
+  // Windows that are whole in both the image and the piece.
+  const int64_t first = windows.begin + 1 > tiles.whole.begin ? windows.begin + 1 : tiles.whole.begin;
+  const int64_t last = windows.end - 1 < tiles.whole.end ? windows.end - 1 : tiles.whole.end;
+  if (inner == 1 && axis.kernel == axis.stride && axis.kernel >= 2 && axis.kernel <= 4 && first < last) {
+    fill(windows.begin, first);
+    const Wide* const from = held + first - windows.begin;
+    Wide* const to = row + done - pixels.begin;
+    if (axis.kernel == 2) Repeat<2>(from, last - first, to);
+    if (axis.kernel == 3) Repeat<3>(from, last - first, to);
+    if (axis.kernel == 4) Repeat<4>(from, last - first, to);
+    done += axis.kernel * (last - first);
+    fill(last, windows.end);
+  } else {
+    fill(windows.begin, windows.end);
+  }
+  zero(pixels.end);
+}
+
+// What every window holds, at its pixels. Of the operation, Share(lanes, source, divisor) is what a pixel gets from a window, and
+// Shared() the operation that finishes it.
+template <class Op>
+bool FillTiles(const Tiles& tiles, const Schedule& schedule, const Op& op) {
+  using Wide = typename Op::Wide;
+  struct Context {
+    const Tiles& tiles;
+    const Op& op;
+  };
+  const Context context = {tiles, op};
+  const auto body = [](const void* data, int64_t begin, int64_t end) {
+    const Tiles& tiles = static_cast<const Context*>(data)->tiles;
+    const Op& op = static_cast<const Context*>(data)->op;
+    const Op shared = op.Shared();
+    const Axis* axis = tiles.axis;
+    const int64_t inner = tiles.inner, most = tiles.length * inner;
+    Wide* const row = static_cast<Wide*>(Scratch((2 * most + inner) * sizeof(Wide)));
+    if (row == nullptr) return false;
+    Wide* const held = row + most;
+    // Where vectors of one window fill its pixels, it needs no row.
+    const bool repeated = inner == 1 && axis[2].kernel >= Op::kLanes, direct = repeated || inner >= Op::kLanes;
+
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const Range pixels = tiles.Pixels(unit % tiles.count), windows = tiles.Windows(pixels);
+      const int64_t window_row = unit / tiles.count, window_plane = window_row / axis[1].windows;
+      const int64_t outer = window_plane / axis[0].windows, i = window_plane % axis[0].windows, j = window_row % axis[1].windows;
+
+      const int64_t source = (window_row * axis[2].windows + windows.begin) * inner;
+      const auto share = [&](int64_t first, int64_t count, int64_t divisor) {
+        Sweep<Op::kLanes>(count, [&](auto lanes, auto vectors, int64_t n) __attribute__((always_inline)) {
+          constexpr int kN = decltype(lanes)::value;
+          n += first;
+          for (int v = 0; v < decltype(vectors)::value; ++v, n += kN) StoreRaw<kN>(held + n, op.Share(lanes, source + n, divisor));
+        });
+      };
+      if (op.Weighted()) {
+        for (int64_t w = windows.begin; w < windows.end; ++w) share((w - windows.begin) * inner, inner, tiles.Counted(i, j, w));
+      } else {
+        share(0, (windows.end - windows.begin) * inner, 1);
+      }
+      if (!direct) Expand(tiles, windows, held, pixels, row);
+
+      const auto repeat = [&](Wide value, int64_t target, int64_t count) {
+        Sweep<Op::kLanes>(count, [&](auto lanes, auto vectors, int64_t n) __attribute__((always_inline)) {
+          constexpr int kN = decltype(lanes)::value;
+          for (int v = 0; v < decltype(vectors)::value; ++v, n += kN) shared.Finish(lanes, Broadcast<Wide, kN>(value), target + n);
+        });
+      };
+      const auto fill_line = [&](int64_t first) {
+        int64_t pixel = pixels.begin;
+        const auto give = [&](int64_t to, const Wide* value) {
+          if (to > pixels.end) to = pixels.end;
+          if (to <= pixel) return;
+          if (value == nullptr) {
+            repeat(0, (first + pixel) * inner, (to - pixel) * inner);
+          } else if (repeated) {
+            repeat(*value, first + pixel, to - pixel);
+          } else {
+            for (int64_t p = pixel; p < to; ++p) FinishSums(shared, value, (first + p) * inner, inner);
+          }
+          pixel = to;
+        };
+        for (int64_t w = windows.begin; w < windows.end; ++w) {
+          const Range covered = tiles.Covered(2, w);
+          give(covered.begin, nullptr);
+          give(covered.end, held + (w - windows.begin) * inner);
+        }
+        give(pixels.end, nullptr);
+      };
+      const Range planes = tiles.Covered(0, i), lines = tiles.Covered(1, j);
+      const Range all_planes = tiles.Period(0, i), all_lines = tiles.Period(1, j);
+      const int64_t count = (pixels.end - pixels.begin) * inner;
+      for (int64_t p = all_planes.begin; p < all_planes.end; ++p) {
+        for (int64_t q = all_lines.begin; q < all_lines.end; ++q) {
+          const int64_t first = ((outer * axis[0].size + p) * axis[1].size + q) * axis[2].size;
+          if (p >= planes.end || q >= lines.end) {
+            repeat(0, (first + pixels.begin) * inner, count);
+          } else if (direct) {
+            fill_line(first);
+          } else {
+            FinishSums(shared, row, (first + pixels.begin) * inner, count);
+          }
+        }
+      }
+    }
+    StreamFence();
+    return true;
+  };
+  const int64_t lines = (tiles.axis[0].size / tiles.axis[0].windows + 1) * (tiles.axis[1].size / tiles.axis[1].windows + 1);
+  return ParallelFor(schedule, tiles.units(), lines * tiles.length * tiles.inner * sizeof(typename Op::Element), body, &context);
 }
