@@ -77,6 +77,9 @@ GEOMETRIES = (
     ((1, 50, 51, 3), {"window_shape": (40, 33), "strides": (1, 3), "padding": ((0, 0), (5, 5))}),
     ((2, 4099, 9), {"window_shape": (4,), "strides": 2, "padding": 1}),
     ((1, 31, 1, 1), {"window_shape": (5, 1), "strides": 3}),
+    ((1, 90, 61, 18), {"window_shape": 9, "strides": 1, "padding": 4}),
+    ((2, 6, 72, 71), {"window_shape": 4, "strides": (4, 5), "data_format": "channels_first"}),
+    ((2, 18, 19, 20, 24), {"window_shape": (2, 3, 2), "strides": (2, 4, 3)}),
     ((1, 17, 16, 15, 6), {"window_shape": (2, 3, 2), "strides": (2, 1, 2), "padding": ((0, 0), (1, 1), (1, 0))}),  # noqa: E501
 )  # fmt: skip
 

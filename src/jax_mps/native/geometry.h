@@ -1,7 +1,8 @@
 // Windows as integers: which sources a target reads, and in which pieces a row of targets is worked through.
 //
-// Forward, the targets are windows and the sources are pixels; backward it is the other way round. Everything below that
-// point speaks of targets and sources only, so every kernel of this library is the same gather, run in one of two directions.
+// Forward, the targets are windows and the sources are pixels; backward it is the other way round. `Plan` speaks of targets and
+// sources only: every kernel of pooling is the same gather, run in one of two directions. Backward there are other ways where they
+// take less time: `Strips`, `Bands` and `Tiles`.
 // Compiled once for the baseline instruction set; the kernels see plain data.
 #pragma once
 

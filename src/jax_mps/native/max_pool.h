@@ -369,7 +369,10 @@ bool Put(const Problem& problem, const PutTap<T, I>& op) {
   constexpr int64_t kSum = sizeof(Acc<T>), kWindow = sizeof(T) + sizeof(I);
   constexpr int kLanes = PutTap<T, I>::kLanes;
   const Bands bands(problem.geometry, kLanes, kSum);
-  if (bands.worthwhile) return PutUnits(problem, bands, op, std::is_same_v<T, Acc<T>> ? 0 : bands.size() * kSum, bands.size() * kWindow);
+  if (bands.worthwhile) {
+    const int64_t scratch = std::is_same_v<T, Acc<T>> ? 0 : bands.size() * kSum;
+    return PutUnits(problem, bands, op, scratch, bands.size() * kWindow);
+  }
   const Strips strips(problem.geometry, kLanes, kWindow, kSum);
   if (!strips.worthwhile) return Walk(problem.geometry, *problem.schedule, op);
   const int64_t row = strips.line[2].targets() * strips.inner;

@@ -1,4 +1,4 @@
-// The one loop nest of the library: every target gathers what its taps read.
+// The loop nest of pooling: every target gathers what its taps read. Windows that do not overlap have another, at the end.
 //
 // An operation `Op` says what is done with it:
 //   Element, Wide             type of the sources; type of the sums or keys a row of scratch holds
@@ -450,8 +450,8 @@ inline void Expand(const Tiles& tiles, Range windows, const Wide* held, Range pi
   zero(pixels.end);
 }
 
-// What every window holds, at its pixels. Of the operation, Share(lanes, source, divisor) is what a pixel gets from a window, and
-// Shared() the operation that finishes it.
+// What every window holds, at its pixels. Of the operation, Share(lanes, source, divisor) is what a pixel gets from a window,
+// Weighted() whether divisors differ, and Shared() the operation that finishes it.
 template <class Op>
 bool FillTiles(const Tiles& tiles, const Schedule& schedule, const Op& op) {
   using Wide = typename Op::Wide;

@@ -416,7 +416,7 @@ void TestMaxPoolTap(Type type) {
   const Geometry& g = take.geometry;
   const int64_t taps = g.axis[0].kernel * g.axis[1].kernel * g.axis[2].kernel;
   Numbers tap(PooledSize(g));
-  for (double& each : tap) each = static_cast<double>(random_number(0, taps - 1));
+  for (double& each : tap) each = static_cast<double>(random_number(-1, taps - 1));  // -1 names none
   const Numbers x = RandomFloats(ImageSize(g)), gradient = RandomFloats(PooledSize(g));
   Numbers taken(PooledSize(g));
   Sums put(ImageSize(g));
