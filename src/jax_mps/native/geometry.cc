@@ -244,7 +244,7 @@ Strips::Strips(const Geometry& geometry, int64_t lanes, int64_t source_bytes, in
   worthwhile &= copied() * source_bytes + sums() * sum_bytes <= 4 * kScratchBytes;
 }
 
-Bands::Bands(const Geometry& geometry, int64_t lanes, int64_t sum_bytes)
+Bands::Bands(const Geometry& geometry, int64_t lanes, int64_t sum_bytes, bool stream)
     : outer(geometry.outer), inner(geometry.inner), axis(0), pitch(geometry.inner), tap_count(1), taps(nullptr) {
   int64_t windows = 1;
   for (int a = 0; a < 3; ++a) {
@@ -261,7 +261,7 @@ Bands::Bands(const Geometry& geometry, int64_t lanes, int64_t sum_bytes)
   length = std::clamp<int64_t>(std::max(4 * halo, outer * cut.size / kFewUnits), 1, std::min(room, cut.size));
   count = CeilDiv(cut.size, length);
   length = CeilDiv(cut.size, count);
-  // Cycles a pixel, as measured. Either way reads a window's tap once a pixel, or once.
+  // Cycles a pixel, as measured: to look at all its windows, in vectors, or to add its part of the windows, one by one.
   const Axis& last = geometry.axis[2];
   const double pixels = static_cast<double>(cut.size) * (pitch / inner), held = windows / pixels;
   double gather = 0.4 + 2.0 * held * tap_count / lanes;
@@ -272,7 +272,8 @@ Bands::Bands(const Geometry& geometry, int64_t lanes, int64_t sum_bytes)
     gather += 60.0 * geometry.axis[0].kernel / last.size + (last.stride > 1 && !pairs ? 3 : 0);
   }
   const double reading = static_cast<double>(length + halo) / length;
-  worthwhile = 0.25 + 6 * held * reading + 10 * tap_count / (pixels * outer * inner) < gather;
+  const double scatter = (stream ? 0.5 : 0.25) + 6 * held * reading + 10 * tap_count / (pixels * outer * inner);
+  worthwhile = scatter < gather;
   if (!worthwhile) return;
 
   Tap* const list = new Tap[tap_count];

@@ -141,8 +141,8 @@ struct Bands {
   const Tap* taps;
   bool worthwhile;
 
-  // Lanes of a vector of targets, bytes of a sum.
-  Bands(const Geometry& geometry, int64_t lanes, int64_t sum_bytes);
+  // Lanes of a vector of targets, bytes of a sum; whether a gather would store past the caches.
+  Bands(const Geometry& geometry, int64_t lanes, int64_t sum_bytes, bool stream);
   ~Bands();
   Bands(const Bands&) = delete;
 

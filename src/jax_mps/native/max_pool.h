@@ -368,7 +368,7 @@ template <class T, class I>
 bool Put(const Problem& problem, const PutTap<T, I>& op) {
   constexpr int64_t kSum = sizeof(Acc<T>), kWindow = sizeof(T) + sizeof(I);
   constexpr int kLanes = PutTap<T, I>::kLanes;
-  const Bands bands(problem.geometry, kLanes, kSum);
+  const Bands bands(problem.geometry, kLanes, kSum, op.stream);
   if (bands.worthwhile) {
     const int64_t scratch = std::is_same_v<T, Acc<T>> ? 0 : bands.size() * kSum;
     return PutUnits(problem, bands, op, scratch, bands.size() * kWindow);
