@@ -324,7 +324,7 @@ inline void PutUnit(const Bands& bands, const PutTap<T, I>& op, int64_t unit, vo
     for (int64_t j = windows[1].begin; j < windows[1].end; ++j) {
       const int64_t at[2] = {line[0].axis.stride * i - line[0].axis.lo, line[1].axis.stride * j - line[1].axis.lo};
       bool inside = true;
-      Range rest[3] = {band[0], band[1], {band[2].begin + row.lo, band[2].end + row.lo}};
+      Range rest[3] = {{}, {}, {band[2].begin + row.lo, band[2].end + row.lo}};
       for (int a = 0; a < 2; ++a) {
         rest[a] = {band[a].begin - at[a], band[a].end - at[a]};
         inside &= rest[a].begin <= 0 && line[a].axis.dilation * (line[a].axis.kernel - 1) < rest[a].end;

@@ -119,7 +119,9 @@ struct FromScratch : Op {
   FromScratch At(int64_t divisor) const { return {Op::At(divisor), scratch}; }
   template <int N, class V>
   void Tap(Int<N>, V& state, int64_t source, int64_t) const {
-    Op::Merge(state, LoadRaw<typename Op::Wide, N>(scratch + source));
+    V part;
+    LoadRaw<N>(scratch + source, part);
+    Op::Merge(state, part);
   }
 };
 
