@@ -175,16 +175,6 @@ inline void MultiplyPanel(int64_t vectors, int64_t count, const S* source, T* ta
 
 // ---- Transposition of small blocks.
 
-// The lanes `lane` of two vectors of four; the second's are 4 to 7.
-template <int... lane, class V>
-inline V Shuffle(V a, V b) {
-#if defined(__clang__) || __GNUC__ >= 12
-  return __builtin_shufflevector(a, b, lane...);
-#else
-  return V{(lane < 4 ? a[lane & 3] : b[lane & 3])...};
-#endif
-}
-
 // Four vectors as the columns of what they were the rows of.
 template <class V>
 inline void Transpose(V (&m)[4]) {
@@ -449,6 +439,15 @@ inline Array<E> Image(const ConvProblem& p, void* data) {
 }
 
 inline int64_t Taps(const ConvProblem& p) { return p.axis[0].kernel * p.axis[1].kernel * p.axis[2].kernel; }
+
+// What tasks are cut by: a problem takes about as long as it takes to move so many bytes.
+template <class E>
+inline double Effort(const ConvProblem& p) {
+  double windows = p.batch, pixels = p.batch;
+  for (const ConvAxis& axis : p.axis) windows *= axis.windows, pixels *= axis.pixels;
+  const double products = windows * Taps(p) * (p.in / p.groups) * p.out;
+  return (windows * p.in + pixels * p.out) * sizeof(E) + products / 2;
+}
 
 // The kernel array as [group][tap][in][out] with strides.
 struct KernelLayout {
@@ -760,7 +759,8 @@ bool GatherAll(const ConvProblem& problem) {
                         overlap ? depth : taps * depth, nullptr};
   const int64_t lane = forward ? layout.out : layout.in, deep = forward ? layout.in : layout.out;
   KernelStrides strides = {layout.base, layout.group, layout.tap, deep, lane, weights.lanes.count, 0};
-  if (across) strides.inner = narrow, strides.outer = layout.group;
+  if (across && narrow == 1) strides.lane = layout.group;
+  if (across && narrow > 1) strides.inner = narrow, strides.outer = layout.group;
   if (overlap) strides.inner = narrow, strides.outer = layout.tap;
   const Buffer packed(weights.groups * weights.group_size() * static_cast<int64_t>(sizeof(T)));
   if (packed.data() == nullptr) return false;
@@ -804,7 +804,6 @@ bool GatherAll(const ConvProblem& problem) {
   gather.row_room = overlap ? sources : targets;
   gather.tap_room = overlap ? 0 : taps * (across ? depth : 1);
 
-  const double work = 2.0 * problem.batch * plan.sources[1] * plan.sources[2] * plan.sources[3] * depth * problem.out / 4;
   const int64_t units = boxes * gather.splits;
   const auto body = [](const void* data, int64_t begin, int64_t end) {
     const auto& gather = *static_cast<const Gather<E, R>*>(data);
@@ -813,7 +812,7 @@ bool GatherAll(const ConvProblem& problem) {
     }
     return true;
   };
-  return ParallelFor(*problem.schedule, units, static_cast<int64_t>(work / units) + 1024, body, &gather);
+  return ParallelFor(*problem.schedule, units, static_cast<int64_t>(Effort<E>(problem) / units) + 1, body, &gather);
 }
 
 // ---- Weight gradient.

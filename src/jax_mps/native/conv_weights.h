@@ -633,7 +633,7 @@ struct AcrossTask {
 
 // Runs a task, whose units each add up the products of some weights, in parts, over windows that are given to them.
 template <class Task, class R>
-bool RunTask(const Task& task, const ConvProblem& problem, int64_t windows, double work, R* result) {
+bool RunTask(const Task& task, const ConvProblem& problem, int64_t windows, R* result) {
   using T = typename Task::Sum;
   struct Context {
     const Task& task;
@@ -665,7 +665,8 @@ bool RunTask(const Task& task, const ConvProblem& problem, int64_t windows, doub
     }
     return true;
   };
-  if (!ParallelFor(*problem.schedule, units * splits, static_cast<int64_t>(work / 4 / (units * splits)) + 1024, add, &context)) {
+  const double effort = Effort<T>(problem) / (units * splits);
+  if (!ParallelFor(*problem.schedule, units * splits, static_cast<int64_t>(effort) + 1, add, &context)) {
     return false;
   }
   if (splits == 1) return true;
@@ -723,9 +724,7 @@ bool WeightGradientOf(const ConvProblem& problem, const Array<const G>& image, c
   const int64_t in = problem.in / problem.groups, out = problem.out / problem.groups, taps = Taps(problem);
   const int64_t windows = problem.batch * source.pixels();
   R* const result = static_cast<R*>(problem.result);
-  const auto run = [&](const auto& task) {
-    return RunTask(task, problem, windows, 2.0 * windows * taps * in * problem.out, result);
-  };
+  const auto run = [&](const auto& task) { return RunTask(task, problem, windows, result); };
   if (across) return run(AcrossTask<G, X, T>{problem, LayoutOf(problem), image, source, in, pitch, Picks<T>(in, out, problem.out)});
   if constexpr (std::is_same_v<G, X>) {
     // Measured: with as many rows as there are windows in a line, what a line costs at its ends outweighs the packing.

@@ -48,6 +48,33 @@ inline void StoreRaw(T* to, V v) {
   __builtin_memcpy(to, &v, N * sizeof(T));
 }
 
+// Lanes of two vectors, counted through both.
+template <int... lane, class V>
+inline V Shuffle(V a, V b) {
+#if defined(__clang__) || __GNUC__ >= 12
+  return __builtin_shufflevector(a, b, lane...);
+#else
+  constexpr int kN = sizeof...(lane);
+  return V{(lane < kN ? a[lane % kN] : b[lane % kN])...};
+#endif
+}
+
+template <class V>
+struct TwoOf {
+  V first, second;
+};
+
+// The lanes of two vectors in turn, and back.
+template <class V, int... i>
+inline TwoOf<V> Interleaved(V a, V b, std::integer_sequence<int, i...>) {
+  constexpr int kN = sizeof...(i);
+  return {Shuffle<(i / 2 + i % 2 * kN)...>(a, b), Shuffle<(kN / 2 + i / 2 + i % 2 * kN)...>(a, b)};
+}
+template <class V, int... i>
+inline TwoOf<V> Parted(V low, V high, std::integer_sequence<int, i...>) {
+  return {Shuffle<(2 * i)...>(low, high), Shuffle<(2 * i + 1)...>(low, high)};
+}
+
 // Whether the lanes of a whole vector of floats or doubles can be picked by a table.
 #if defined(__AVX2__)
 constexpr bool kPicks = true;
@@ -395,33 +422,20 @@ inline void StoreRaw(float* to, const Halves<F16, N>& v) {
   StoreRaw<N / 2>(to + N / 2, v.second);
 }
 
-// Lane i is lane `lane(i)` of a and b, one after the other.
-template <class V, class Lane>
-inline V Shuffle(V a, V b, const Lane& lane) {
-  constexpr int kN = sizeof(V) / sizeof(a[0]);
-#if defined(__clang__)
-  V picked = a;
-  for (int i = 0; i < kN; ++i) picked[i] = lane(i) < kN ? a[lane(i)] : b[lane(i) - kN];
-  return picked;
-#else
-  Vec<int64_t, kN> lanes;
-  for (int i = 0; i < kN; ++i) lanes[i] = lane(i);
-  return __builtin_shuffle(a, b, lanes);
-#endif
-}
-
 template <int N>
 inline void StoreRaw(double* to, const Halves<BF16, N, double>& v) {
-  StoreRaw<N / 2>(to, Shuffle(v.first, v.second, [](int i) { return i / 2 + i % 2 * (N / 2); }));
-  StoreRaw<N / 2>(to + N / 2, Shuffle(v.first, v.second, [](int i) { return N / 4 + i / 2 + i % 2 * (N / 2); }));
+  const auto [low, high] = Interleaved(v.first, v.second, std::make_integer_sequence<int, N / 2>());
+  StoreRaw<N / 2>(to, low);
+  StoreRaw<N / 2>(to + N / 2, high);
 }
 
 // What StoreRaw() stored.
 template <int N>
 inline void LoadRaw(const double* from, Halves<BF16, N, double>& v) {
-  const auto low = LoadRaw<double, N / 2>(from), high = LoadRaw<double, N / 2>(from + N / 2);
-  v.first = Shuffle(low, high, [](int i) { return 2 * i; });
-  v.second = Shuffle(low, high, [](int i) { return 2 * i + 1; });
+  const auto [even, odd] =
+      Parted(LoadRaw<double, N / 2>(from), LoadRaw<double, N / 2>(from + N / 2), std::make_integer_sequence<int, N / 2>());
+  v.first = even;
+  v.second = odd;
 }
 
 template <int N, class Wide>
