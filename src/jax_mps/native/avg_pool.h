@@ -4,11 +4,12 @@ template <class T>
 struct Average {
   using Element = T;
   using Wide = Acc<T>;
-  static constexpr int kLanes = kVectorBytes / sizeof(Wide);
-  static constexpr int kVectors = kVectorBytes == 64 ? 16 : 8;  // the longer what is read of a row, the better it streams
+  static constexpr int kLanes = kSumLanes<T, Wide>;
+  // The longer what is read of a row, the better it streams.
+  static constexpr int kVectors = (kVectorBytes == 64 ? 16 : 8) / kSumVectors<T>;
   static constexpr bool kBackward = false, kSeparable = true;
   template <int N>
-  using State = Vec<Wide, N>;
+  using State = Sums<T, Wide, N>;
 
   const T* source;
   T* target;
@@ -22,7 +23,9 @@ struct Average {
   }
   template <int N, class V>
   void Tap(Int<N>, V& sum, int64_t from, int64_t) const {
-    sum += Load<Wide, N>(source + from);
+    V value;
+    Load<N>(source + from, value);
+    sum += value;
   }
   template <class V>
   static void Merge(V& sum, V value) {
@@ -43,10 +46,10 @@ template <class T>
 struct Spread {
   using Element = T;
   using Wide = Acc<T>;
-  static constexpr int kLanes = kVectorBytes / sizeof(Wide), kVectors = 8;
-  static constexpr bool kBackward = true, kSeparable = true;
+  static constexpr int kLanes = kSumLanes<T, Wide>, kVectors = 8 / kSumVectors<T>;
+  static constexpr bool kBackward = true, kSeparable = true, kAlike = true;
   template <int N>
-  using State = Vec<Wide, N>;
+  using State = Sums<T, Wide, N>;
 
   const T* source;
   T* target;
@@ -60,7 +63,9 @@ struct Spread {
   }
   template <int N, class V>
   void Tap(Int<N>, V& sum, int64_t from, int64_t) const {
-    sum += Load<Wide, N>(source + from);
+    V value;
+    Load<N>(source + from, value);
+    sum += value;
   }
   template <class V>
   static void Merge(V& sum, V value) {
@@ -76,7 +81,8 @@ struct Spread {
 
   template <int N>
   State<N> Share(Int<N>, int64_t from, int64_t counted) const {
-    const State<N> value = Load<Wide, N>(source + from);
+    State<N> value;
+    Load<N>(source + from, value);
     if (!weighted) return value / divisor;
     return counted != 0 ? value / static_cast<Wide>(counted) : State<N>{};
   }
@@ -119,7 +125,10 @@ struct Spread {
                                       plan.window_divisor[1][lines.source + b * plan.line[1].source_step] *
                                       plan.window_divisor[2][i];
               const int64_t from = piece.source + a * rows.row_step[0] + b * rows.row_step[1] + i * plan.inner + c;
-              if (counted != 0) sum += Load<Wide, kN>(source + from) / static_cast<Wide>(counted);
+              if (counted == 0) continue;
+              State<kN> value;
+              Load<kN>(source + from, value);
+              sum += value / static_cast<Wide>(counted);
             }
           }
           StoreRaw<kN>(to + c, sum);

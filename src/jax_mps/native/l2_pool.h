@@ -7,13 +7,10 @@ template <class T, class R>
 struct Norm {
   using Element = T;
   using Wide = double;
-  static constexpr bool kInHalves = std::is_same_v<T, BF16>;
-  static constexpr int kLanes = kVectorBytes / sizeof(Wide) * (kInHalves ? 2 : 1), kVectors = kInHalves ? 4 : 8;
+  static constexpr int kLanes = kSumLanes<T, Wide>, kVectors = 8 / kSumVectors<T>;
   static constexpr bool kBackward = false, kSeparable = true;
   template <int N>
-  using Sums = Halves<T, N, Wide>;
-  template <int N>
-  using State = std::conditional_t<kInHalves && N == kLanes, Sums<N>, Vec<Wide, N>>;
+  using State = Sums<T, Wide, N>;
 
   const T* source;
   R* target;
@@ -24,35 +21,17 @@ struct Norm {
   }
   template <int N, class V>
   void Tap(Int<N>, V& sum, int64_t from, int64_t) const {
-    const V value = Load<Wide, N>(source + from);
+    V value;
+    Load<N>(source + from, value);
     sum += value * value;
-  }
-  template <int N>
-  void Tap(Int<N>, Sums<N>& sum, int64_t from, int64_t) const {
-    const auto value = Cut<N>(T(), LoadRaw<uint16_t, N>(&source[from].bits));
-    const auto first = Convert<Wide, N / 2>(value.first), second = Convert<Wide, N / 2>(value.second);
-    sum.first += first * first;
-    sum.second += second * second;
   }
   template <class V>
   static void Merge(V& sum, V value) {
     sum += value;
   }
-  template <int N>
-  static void Merge(Sums<N>& sum, const Sums<N>& value) {
-    sum.first += value.first;
-    sum.second += value.second;
-  }
   template <int N, class V>
   void Finish(Int<N>, V sum, int64_t to) const {
     Store<N>(target + to, Sqrt<N>(sum));
-  }
-  template <int N>
-  void Finish(Int<N>, const Sums<N>& sum, int64_t to) const {
-    const auto root = [](auto half) { return Convert<float, N / 2>(Sqrt<N / 2>(half)); };
-    const Halves<T, N> y = {root(sum.first), root(sum.second)};
-    if constexpr (std::is_same_v<R, T>) return Store<N>(target + to, y);
-    else return StoreRaw<N>(target + to, y);
   }
   const Norm& At(int64_t) const { return *this; }
   Norm Stage(const Plan& plan, const Piece& piece, Wide* row) const {
@@ -145,7 +124,7 @@ struct NormGradient {
   using Element = T;
   using Wide = double;
   static constexpr int kLanes = kVectorBytes / sizeof(Wide), kVectors = 8;
-  static constexpr bool kBackward = true, kSeparable = true;
+  static constexpr bool kBackward = true, kSeparable = true, kAlike = false;
   template <int N>
   using State = Vec<Wide, N>;
 

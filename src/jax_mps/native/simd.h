@@ -59,20 +59,11 @@ inline V Shuffle(V a, V b) {
 #endif
 }
 
-template <class V>
-struct TwoOf {
-  V first, second;
-};
-
-// The lanes of two vectors in turn, and back.
-template <class V, int... i>
-inline TwoOf<V> Interleaved(V a, V b, std::integer_sequence<int, i...>) {
-  constexpr int kN = sizeof...(i);
-  return {Shuffle<(i / 2 + i % 2 * kN)...>(a, b), Shuffle<(kN / 2 + i / 2 + i % 2 * kN)...>(a, b)};
-}
-template <class V, int... i>
-inline TwoOf<V> Parted(V low, V high, std::integer_sequence<int, i...>) {
-  return {Shuffle<(2 * i)...>(low, high), Shuffle<(2 * i + 1)...>(low, high)};
+// The lanes of two vectors in turn: the first or the second half of them.
+template <bool second, class V, int... i>
+inline V Interleaved(V a, V b, std::integer_sequence<int, i...>) {
+  constexpr int kN = sizeof...(i), kFirst = second ? kN / 2 : 0;
+  return Shuffle<(kFirst + i / 2 + i % 2 * kN)...>(a, b);
 }
 
 // Whether the lanes of a whole vector of floats or doubles can be picked by a table.
@@ -380,7 +371,19 @@ inline void Store(T* to, V v) {
 template <class T, int N, class Lane = float>
 struct Halves {
   Vec<Lane, (N + 1) / 2> first, second;
+
+  void operator+=(const Halves& other) { first += other.first, second += other.second; }
+  Halves operator*(const Halves& other) const { return {first * other.first, second * other.second}; }
+  Halves operator/(Lane divisor) const { return {first / divisor, second / divisor}; }
 };
+
+// N sums of numbers T in memory; as many as fill two vectors are cut, if T is bfloat16.
+template <class T>
+constexpr int kSumVectors = std::is_same_v<T, BF16> ? 2 : 1;
+template <class T, class Lane>
+constexpr int kSumLanes = kSumVectors<T> * kVectorBytes / sizeof(Lane);
+template <class T, class Lane, int N>
+using Sums = std::conditional_t<std::is_same_v<T, BF16> && N == kSumLanes<T, Lane>, Halves<T, N, Lane>, Vec<Lane, N>>;
 
 template <int N>
 inline Halves<BF16, N> Cut(BF16, Vec<uint16_t, N> bits) {
@@ -397,6 +400,21 @@ inline Halves<F16, N> Cut(F16, Vec<uint16_t, N> bits) {
   return {Widen<N / 2>(F16(), cut.first), Widen<N / 2>(F16(), cut.second)};
 }
 
+template <class To, class T, int N, class From>
+inline Halves<T, N, To> Convert(const Halves<T, N, From>& v) {
+  return {Convert<To, N / 2>(v.first), Convert<To, N / 2>(v.second)};
+}
+
+template <int N, class V, class T>
+inline void Load(const T* from, V& v) {
+  v = Load<std::decay_t<decltype(v[0])>, N>(from);
+}
+
+template <int N, class Lane>
+inline void Load(const BF16* from, Halves<BF16, N, Lane>& v) {
+  v = Convert<Lane>(Cut<N>(BF16(), LoadRaw<uint16_t, N>(&from->bits)));
+}
+
 template <int N>
 inline void Store(BF16* to, const Halves<BF16, N>& v) {
   const auto bits = (Rounded<N / 2>(v.first) >> 16) | (Rounded<N / 2>(v.second) & 0xffff0000);
@@ -409,11 +427,12 @@ inline void Store(F16* to, const Halves<F16, N>& v) {
   Narrow<N / 2>(to + N / 2, v.second);
 }
 
-template <int N>
-inline void StoreRaw(float* to, const Halves<BF16, N>& v) {
-  const auto wide = [](Vec<float, N / 2> lanes) { return Convert<uint64_t, N / 2>(Bits<Vec<uint32_t, N / 2>>(lanes)); };
-  const auto pairs = wide(v.first) | wide(v.second) << 32;
-  __builtin_memcpy(to, &pairs, N * sizeof(float));
+// In scratch all numbers are in order.
+template <int N, class Lane>
+inline void StoreRaw(Lane* to, const Halves<BF16, N, Lane>& v) {
+  const auto lanes = std::make_integer_sequence<int, N / 2>();
+  StoreRaw<N / 2>(to, Interleaved<false>(v.first, v.second, lanes));
+  StoreRaw<N / 2>(to + N / 2, Interleaved<true>(v.first, v.second, lanes));
 }
 
 template <int N>
@@ -423,41 +442,39 @@ inline void StoreRaw(float* to, const Halves<F16, N>& v) {
 }
 
 template <int N>
-inline void StoreRaw(double* to, const Halves<BF16, N, double>& v) {
-  const auto [low, high] = Interleaved(v.first, v.second, std::make_integer_sequence<int, N / 2>());
-  StoreRaw<N / 2>(to, low);
-  StoreRaw<N / 2>(to + N / 2, high);
+inline void Store(float* to, const Halves<BF16, N>& v) {
+  StoreRaw<N>(to, v);
 }
 
-// What StoreRaw() stored.
-template <int N>
-inline void LoadRaw(const double* from, Halves<BF16, N, double>& v) {
-  const auto [even, odd] =
-      Parted(LoadRaw<double, N / 2>(from), LoadRaw<double, N / 2>(from + N / 2), std::make_integer_sequence<int, N / 2>());
-  v.first = even;
-  v.second = odd;
+template <int N, class R>
+inline void Store(R* to, const Halves<BF16, N, double>& v) {
+  Store<N>(to, Convert<float>(v));
 }
 
-template <int N, class Wide>
-inline void LoadRaw(const Wide* from, Vec<Wide, N>& v) {
-  v = LoadRaw<Wide, N>(from);
+// The bits of N halves, 0 where key[i] != wanted.
+template <int N, class T, class I>
+inline Vec<uint16_t, N> BitsWhere(const T* value, const I* key, int64_t wanted) {
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+  // Compared in their own width: the mask has a bit a lane whatever the width.
+  if constexpr (N == 32 && sizeof(I) == 1) {
+    const __mmask32 here = _mm256_cmpeq_epi8_mask(Bits<__m256i>(LoadRaw<I, N>(key)), _mm256_set1_epi8(static_cast<int8_t>(wanted)));
+    return Bits<Vec<uint16_t, N>>(_mm512_maskz_loadu_epi16(here, value));
+  }
+#endif
+  const auto here = Load<int16_t, N>(key) == static_cast<int16_t>(wanted);
+  return here ? LoadRaw<uint16_t, N>(&value->bits) : Vec<uint16_t, N>{};
 }
 
 // sum += value[i] where key[i] == wanted. Halves are compared and masked before they are widened.
 template <int N, class T, class I>
 inline void AddWhere(Halves<T, N>& sum, const T* value, const I* key, int64_t wanted) {
-  const auto here = Load<int16_t, N>(key) == static_cast<int16_t>(wanted);
-  const auto bits = LoadRaw<uint16_t, N>(&value->bits);
-  const Halves<T, N> wide = Cut<N>(T(), here ? bits : Vec<uint16_t, N>{});
-  sum.first += wide.first;
-  sum.second += wide.second;
+  sum += Cut<N>(T(), BitsWhere<N>(value, key, wanted));
 }
 
 template <int N, class V, class T, class I>
 inline void AddWhere(V& sum, const T* value, const I* key, int64_t wanted) {
   using Lane = std::decay_t<decltype(sum[0])>;
 #if defined(__AVX512BW__) && defined(__AVX512VL__)
-  // Compared in their own width: the mask has a bit a lane whatever the width.
   if constexpr (N == 16 && std::is_same_v<T, float> && sizeof(I) < 4) {
     __mmask16 here;
     if constexpr (sizeof(I) == 1) {
@@ -516,6 +533,11 @@ inline Vec<double, N> Sqrt(Vec<double, N> v) {
   Vec<double, N> root = v;
   for (int lane = 0; lane < N; ++lane) root[lane] = __builtin_sqrt(v[lane]);
   return root;
+}
+
+template <int N, class T>
+inline Halves<T, N, double> Sqrt(const Halves<T, N, double>& v) {
+  return {Sqrt<N / 2>(v.first), Sqrt<N / 2>(v.second)};
 }
 
 // ---- Keys: numbers that compare as their elements do.
@@ -583,12 +605,12 @@ struct Order {
 };
 
 // ---- Sweeping a run of n elements: `most` vectors at a time (16, 8 or 4), then eight, four and one. The last group overlaps the one
-// before it; a run shorter than a vector takes fewer lanes. body(lanes, vectors, position), the first two as types.
+// before it; a run shorter than a vector takes `fewer` lanes. body(lanes, vectors, position), the first two as types.
 
 template <int N>
 using Int = std::integral_constant<int, N>;
 
-template <int N, int most = 4, class Body>
+template <int N, int most = 4, int fewer = (N == 16 ? 4 : N / 2), class Body>
 JAX_MPS_INLINE void Sweep(int64_t n, const Body& body) {
   if (n >= N) {
     int64_t i = 0;
@@ -610,6 +632,6 @@ JAX_MPS_INLINE void Sweep(int64_t n, const Body& body) {
     }
     for (; i < n; i += N) body(Int<N>(), Int<1>(), i + N <= n ? i : n - N);
   } else if constexpr (N > 1) {
-    Sweep<(N > 8 ? N / 4 : N / 2), 1>(n, body);
+    Sweep<fewer, 1>(n, body);
   }
 }

@@ -49,13 +49,19 @@ struct Taps {
 // window do not grow with its length.
 constexpr int64_t kLongRow = 512;
 
+template <class Op>
+constexpr int kVector = kVectorBytes / sizeof(typename Op::Wide);
+// What is shorter than a sum cut in two may still fill a vector.
+template <class Op>
+constexpr int kFewer = Op::kLanes > kVector<Op> || Op::kLanes != 16 ? Op::kLanes / 2 : 4;
+
 // `op` comes by value: no store to the result can change a copy, so its members stay in registers.
 template <class Op>
 inline void Gather(const Op op, const Taps& taps, int64_t source, int64_t target, int64_t n) {
   const Reads& reads = taps.reads;
   if (taps.listed) {
     const Taps::Entry* const end = taps.list + taps.count;
-    return Sweep<Op::kLanes, Op::kVectors>(n, [&](auto lanes, auto vectors, int64_t i) __attribute__((always_inline)) {
+    return Sweep<Op::kLanes, Op::kVectors, kFewer<Op>>(n, [&](auto lanes, auto vectors, int64_t i) __attribute__((always_inline)) {
       constexpr int kN = decltype(lanes)::value;
       constexpr int kVectors = decltype(vectors)::value;
       typename Op::template State<kN> state[kVectors];
@@ -67,7 +73,7 @@ inline void Gather(const Op op, const Taps& taps, int64_t source, int64_t target
       for (int v = 0; v < kVectors; ++v) op.Finish(lanes, state[v], target + i + v * kN);
     });
   }
-  Sweep<Op::kLanes, Op::kVectors>(n, [&](auto lanes, auto vectors, int64_t i) __attribute__((always_inline)) {
+  Sweep<Op::kLanes, Op::kVectors, kFewer<Op>>(n, [&](auto lanes, auto vectors, int64_t i) __attribute__((always_inline)) {
     constexpr int kN = decltype(lanes)::value;
     constexpr int kVectors = decltype(vectors)::value;
     using State = typename Op::template State<kN>;
@@ -114,14 +120,14 @@ struct ToScratch : Op {
 
 template <class Op>
 struct FromScratch : Op {
+  // Sums that were cut are whole here, in the order of scratch.
+  static constexpr int kLanes = kVector<Op>, kVectors = Op::kVectors * (Op::kLanes / kLanes);
   const typename Op::Wide* scratch;
   FromScratch(const Op& op, const typename Op::Wide* scratch) : Op(op), scratch(scratch) {}
   FromScratch At(int64_t divisor) const { return {Op::At(divisor), scratch}; }
   template <int N, class V>
   void Tap(Int<N>, V& state, int64_t source, int64_t) const {
-    V part;
-    LoadRaw<N>(scratch + source, part);
-    Op::Merge(state, part);
+    Op::Merge(state, LoadRaw<typename Op::Wide, N>(scratch + source));
   }
 };
 
@@ -255,7 +261,7 @@ inline void Runs(const Plan& plan, const Piece& piece, const Op& op, const Reads
       if (plan.folded) {
         const int64_t count = rows.rows[0] * rows.rows[1] * run->count;  // there is one row, or none
         for (int64_t j = 0; j < run->length; ++j) {
-          Fold<Op::kLanes>(here, here.Begin(Int<Op::kLanes>(), 0, 0), from + *reads.offset, count, to + j);
+          Fold<kVector<Op>>(here, here.Begin(Int<kVector<Op>>(), 0, 0), from + *reads.offset, count, to + j);
           from += plan.source_advance;
         }
         continue;
@@ -274,7 +280,7 @@ inline void Runs(const Plan& plan, const Piece& piece, const Op& op, const Reads
 // Finishes n targets from their sums.
 template <class Op>
 inline void FinishSums(const Op op, const typename Op::Wide* sums, int64_t target, int64_t n) {
-  Sweep<kVectorBytes / sizeof(typename Op::Wide)>(n, [&](auto lanes, auto vectors, int64_t i) __attribute__((always_inline)) {
+  Sweep<kVector<Op>>(n, [&](auto lanes, auto vectors, int64_t i) __attribute__((always_inline)) {
     constexpr int kN = decltype(lanes)::value;
     for (int v = 0; v < decltype(vectors)::value; ++v, i += kN) {
       op.Finish(lanes, LoadRaw<typename Op::Wide, kN>(sums + i), target + i);
@@ -375,7 +381,7 @@ size_t ScratchBytes(const Plan& plan) {
 // Runs the operation over all targets; false if there was no memory for scratch.
 template <class Op>
 bool Walk(const Geometry& geometry, const Schedule& schedule, const Op& op) {
-  const Plan plan(geometry, {Op::kBackward, Op::kSeparable, Op::kLanes, sizeof(typename Op::Wide)});
+  const Plan plan(geometry, {Op::kBackward, Op::kSeparable, kVector<Op>, sizeof(typename Op::Wide)});
   struct Context {
     const Plan& plan;
     const Op& op;
@@ -453,7 +459,8 @@ inline void Expand(const Tiles& tiles, Range windows, const Wide* held, Range pi
 }
 
 // What every window holds, at its pixels. Of the operation, Share(lanes, source, divisor) is what a pixel gets from a window,
-// Weighted() whether divisors differ, and Shared() the operation that finishes it.
+// Weighted() whether divisors differ, Shared() the operation that finishes it, and kAlike whether all pixels of a window are
+// the same then.
 template <class Op>
 bool FillTiles(const Tiles& tiles, const Schedule& schedule, const Op& op) {
   using Wide = typename Op::Wide;
@@ -472,7 +479,7 @@ bool FillTiles(const Tiles& tiles, const Schedule& schedule, const Op& op) {
     if (row == nullptr) return false;
     Wide* const held = row + most;
     // Where vectors of one window fill its pixels, it needs no row.
-    const bool repeated = inner == 1 && axis[2].kernel >= Op::kLanes, direct = repeated || inner >= Op::kLanes;
+    const bool repeated = inner == 1 && axis[2].kernel >= kVector<Op>, direct = repeated || inner >= kVector<Op>;
 
     for (int64_t unit = begin; unit < end; ++unit) {
       const Range pixels = tiles.Pixels(unit % tiles.count), windows = tiles.Windows(pixels);
@@ -494,8 +501,13 @@ bool FillTiles(const Tiles& tiles, const Schedule& schedule, const Op& op) {
       }
       if (!direct) Expand(tiles, windows, held, pixels, row);
 
+      // To copy costs less than to convert again.
+      constexpr bool copies = Op::kAlike && kHalf<typename Op::Element>;
+      const auto copy = [&](int64_t to, int64_t from, int64_t count) {
+        __builtin_memcpy(op.target + to, op.target + from, count * sizeof(typename Op::Element));
+      };
       const auto repeat = [&](Wide value, int64_t target, int64_t count) {
-        Sweep<Op::kLanes>(count, [&](auto lanes, auto vectors, int64_t n) __attribute__((always_inline)) {
+        Sweep<kVector<Op>>(count, [&](auto lanes, auto vectors, int64_t n) __attribute__((always_inline)) {
           constexpr int kN = decltype(lanes)::value;
           for (int v = 0; v < decltype(vectors)::value; ++v, n += kN) shared.Finish(lanes, Broadcast<Wide, kN>(value), target + n);
         });
@@ -510,7 +522,11 @@ bool FillTiles(const Tiles& tiles, const Schedule& schedule, const Op& op) {
           } else if (repeated) {
             repeat(*value, first + pixel, to - pixel);
           } else {
-            for (int64_t p = pixel; p < to; ++p) FinishSums(shared, value, (first + p) * inner, inner);
+            for (int64_t p = pixel; p < to; ++p) {
+              const int64_t target = (first + p) * inner;
+              if (copies && p > pixel) copy(target, target - inner, inner);
+              else FinishSums(shared, value, target, inner);
+            }
           }
           pixel = to;
         };
@@ -524,16 +540,23 @@ bool FillTiles(const Tiles& tiles, const Schedule& schedule, const Op& op) {
       const Range planes = tiles.Covered(0, i), lines = tiles.Covered(1, j);
       const Range all_planes = tiles.Period(0, i), all_lines = tiles.Period(1, j);
       const int64_t count = (pixels.end - pixels.begin) * inner;
+      int64_t done = -1;  // a line
       for (int64_t p = all_planes.begin; p < all_planes.end; ++p) {
         for (int64_t q = all_lines.begin; q < all_lines.end; ++q) {
           const int64_t first = ((outer * axis[0].size + p) * axis[1].size + q) * axis[2].size;
+          const int64_t line = (first + pixels.begin) * inner;
           if (p >= planes.end || q >= lines.end) {
-            repeat(0, (first + pixels.begin) * inner, count);
+            repeat(0, line, count);
+            continue;
+          }
+          if (copies && done >= 0) {
+            copy(line, done, count);
           } else if (direct) {
             fill_line(first);
           } else {
-            FinishSums(shared, row, (first + pixels.begin) * inner, count);
+            FinishSums(shared, row, line, count);
           }
+          done = line;
         }
       }
     }
