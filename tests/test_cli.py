@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import platform
 import subprocess
 import sys
 import types
@@ -147,6 +148,7 @@ def test_bench_checks_times_and_writes_json(tmp_path):
     assert report["contenders"] == [ours, "lax", "torch", "torch_channels_last"]
     assert report["versions"]["jax"] == metadata.version("jax")
     assert report["copy_gbs"] > 0
+    assert report["pages_kept"] == (platform.libc_ver()[0] == "glibc")
     assert [r["op"] for r in report["results"]] == ["forward", "gradient", "gradient_kernel", "step"]
     for result in report["results"]:
         assert result["shape"] == "global"
@@ -169,11 +171,41 @@ def test_bench_of_both_our_paths(tmp_path, native):
     path = tmp_path / "bench.json"
     run = command(
         "bench", "--shapes", "global", "--ops", "forward", "--rounds", "3", "--seconds", "0.01",
-        "--implementations", "xla", "native", "--peers", "--json", str(path),
+        "--implementations", "xla", "native", "--peers", "--json", str(path), "--fresh-pages",
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
-    (result,) = json.loads(path.read_text())["results"]
+    report = json.loads(path.read_text())
+    assert not report["pages_kept"]
+    (result,) = report["results"]
     assert set(result["timings"]) == {"xla", "native"}
+
+
+PAGE_FAULTS = """
+import resource
+import numpy as np
+from jax_mps.bench import command
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+if {keep}:
+    assert command._keep_pages()
+np.ones(1 << 23)
+before = faults()
+for _ in range(8):
+    np.ones(1 << 23)
+print(faults() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
+def test_bench_keeps_pages():
+    def faults(keep):
+        run = subprocess.run(
+            [sys.executable, "-c", PAGE_FAULTS.format(keep=keep)], capture_output=True, text=True, check=True
+        )
+        return int(run.stdout)
+
+    # 64 MiB, eight times: at least one fault for each huge page.
+    assert faults(keep=False) >= 8 * 32
+    assert faults(keep=True) < 32
 
 
 def test_bench_refuses_to_time_what_is_not_there():

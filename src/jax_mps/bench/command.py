@@ -4,14 +4,18 @@ Everyone has a turn in every round, in one process and with as many threads as t
 and quartiles of the rounds are kept. The bandwidth of pooling counts what must be moved at least, each
 input once and each output once, so it shows how far a kernel is from the limit of the memory, which is
 measured too; small shapes that stay in the caches can exceed it. The limit of a transposed convolution is
-the rate of `jnp.dot` for matrices of the same M, N and K.
+the rate of `jnp.dot` for matrices of the same M, N and K. Where the C library is glibc, it keeps what is
+freed: else a large result gets new pages from the system at every call, and the time of that, the same for
+everyone, hides the operation's. `--fresh-pages` times both.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import datetime
 import itertools
+import platform
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -35,6 +39,8 @@ _PEERS = ("lax", "torch", "torch_channels_last")
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 _LAYOUTS = ("channels_last", "channels_first")
 _COPY_ELEMENTS = 1 << 25
+# Of glibc's malloc.h, for mallopt().
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,6 +76,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seconds", type=float, default=5.0, help="time for a case: fewer rounds if it is slow (default: 5)"
     )
+    parser.add_argument(
+        "--fresh-pages", action="store_true", help="let the C library return memory to the system, as it does"
+    )
     parser.add_argument("--json", type=Path, metavar="PATH", help="write everything there, too")
     parser.add_argument(
         "--markdown", type=Path, metavar="PATH", help="time nothing; print that JSON as Markdown"
@@ -94,6 +103,7 @@ def run(options: argparse.Namespace) -> int:
     if "float64" in options.dtypes:
         jax.config.update("jax_enable_x64", True)
 
+    pages_kept = not options.fresh_pages and _keep_pages()
     contenders = [*implementations, *options.peers]
     found = report.Report(
         machine=info.machine() if on_cpu else device.device_kind,
@@ -102,6 +112,7 @@ def run(options: argparse.Namespace) -> int:
         contenders=contenders,
         copy_gbs=_copy_bandwidth(queued=not on_cpu),
         results=[],
+        pages_kept=pages_kept,
     )
     try:
         for case in _cases(options, contenders):
@@ -128,6 +139,14 @@ def _cases(options: argparse.Namespace, contenders: Sequence[str]) -> Iterator[r
         )
         for dtype, layout, shape, op in selected:
             yield family.case(shape, op, dtype, layout, options.batch, contenders)
+
+
+def _keep_pages() -> bool:
+    """Makes glibc keep what is freed, up to 2 GiB; False where the C library is another one."""
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    mallopt = ctypes.CDLL(None).mallopt
+    return all(mallopt(*setting) for setting in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1)))
 
 
 def _copy_bandwidth(*, queued: bool) -> float:

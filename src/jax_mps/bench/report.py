@@ -35,6 +35,7 @@ class Report:
       contenders: who was timed; the first is the one that ratios are against.
       copy_gbs: the bandwidth of memory, in GB/s: a large array read and written back.
       results: one a case.
+      pages_kept: whether the C library kept what was freed.
     """
 
     machine: str
@@ -43,6 +44,7 @@ class Report:
     contenders: Sequence[str]
     copy_gbs: float
     results: list[Result]
+    pages_kept: bool = False
 
     def save(self, path: Path) -> None:
         """Writes JSON."""
@@ -87,7 +89,8 @@ def print_table(report: Report) -> None:
     for row in _means(report.results, ours, peers):
         means.add_row(*row)
     console.print(means)
-    console.print(f"reading and writing back moves {report.copy_gbs:.1f} GB/s; {report.machine}")
+    pages = "freed memory is kept" if report.pages_kept else "large results have fresh pages"
+    console.print(f"reading and writing back moves {report.copy_gbs:.1f} GB/s; {pages}; {report.machine}")
 
 
 def markdown(report: Report) -> str:
