@@ -4,9 +4,8 @@ Everyone has a turn in every round, in one process and with as many threads as t
 and quartiles of the rounds are kept. The bandwidth of pooling counts what must be moved at least, each
 input once and each output once, so it shows how far a kernel is from the limit of the memory, which is
 measured too; small shapes that stay in the caches can exceed it. The limit of a transposed convolution is
-the rate of `jnp.dot` for matrices of the same M, N and K. Where the C library is glibc, it keeps what is
-freed: else a large result gets new pages from the system at every call, and the time of that, the same for
-everyone, hides the operation's. `--fresh-pages` times both.
+the rate of `jnp.dot` for matrices of the same M, N and K. A result of 32 MiB or more gets new pages from the
+system at every call, which takes milliseconds whoever computes it; `--keep-pages` times without that.
 """
 
 from __future__ import annotations
@@ -77,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--seconds", type=float, default=5.0, help="time for a case: fewer rounds if it is slow (default: 5)"
     )
     parser.add_argument(
-        "--fresh-pages", action="store_true", help="let the C library return memory to the system, as it does"
+        "--keep-pages", action="store_true", help="let the C library (glibc) keep freed memory, for everyone"
     )
     parser.add_argument("--json", type=Path, metavar="PATH", help="write everything there, too")
     parser.add_argument(
@@ -100,10 +99,12 @@ def run(options: argparse.Namespace) -> int:
         reason = ffi.status().reason if on_cpu else f"the device is {device.device_kind}"
         print(f"jax_mps: the native kernels cannot be timed: {reason}", file=sys.stderr)
         return 2
+    if options.keep_pages and not _keep_pages():
+        print("jax_mps: --keep-pages needs glibc, which is not this system's C library", file=sys.stderr)
+        return 2
     if "float64" in options.dtypes:
         jax.config.update("jax_enable_x64", True)
 
-    pages_kept = not options.fresh_pages and _keep_pages()
     contenders = [*implementations, *options.peers]
     found = report.Report(
         machine=info.machine() if on_cpu else device.device_kind,
@@ -112,7 +113,7 @@ def run(options: argparse.Namespace) -> int:
         contenders=contenders,
         copy_gbs=_copy_bandwidth(queued=not on_cpu),
         results=[],
-        pages_kept=pages_kept,
+        pages_kept=options.keep_pages,
     )
     try:
         for case in _cases(options, contenders):

@@ -89,8 +89,8 @@ def print_table(report: Report) -> None:
     for row in _means(report.results, ours, peers):
         means.add_row(*row)
     console.print(means)
-    pages = "freed memory is kept" if report.pages_kept else "large results have fresh pages"
-    console.print(f"reading and writing back moves {report.copy_gbs:.1f} GB/s; {pages}; {report.machine}")
+    pages = "freed memory is kept; " if report.pages_kept else ""
+    console.print(f"reading and writing back moves {report.copy_gbs:.1f} GB/s; {pages}{report.machine}")
 
 
 def markdown(report: Report) -> str:
@@ -101,6 +101,7 @@ def markdown(report: Report) -> str:
         f"{report.machine}; {used}; {report.date[:10]}. Medians in milliseconds, in brackets how many times "
         f"ours. The limit is, for GB/s, the {report.copy_gbs:.1f} at which a large array is read and written "
         "back, and for GFLOP/s `jnp.dot` of the same M, N and K in the same rounds."
+        + (" Freed memory was kept." if report.pages_kept else "")
     )
     lines = [head, ""]
     for (dtype, layout), results in _grouped(report.results):
