@@ -145,7 +145,7 @@ bool Averaging(const Problem& problem) {
                     problem.geometry.weighted, static_cast<Acc<T>>(problem.geometry.divisor), problem.stream};
   if constexpr (Op<T>::kBackward) {
     const Tiles tiles(problem.geometry);
-    if (tiles.possible) return FillTiles(tiles, *problem.schedule, op);
+    if (tiles.possible) return FillTiles(tiles, *problem.workers, op);
   }
-  return Walk(problem.geometry, *problem.schedule, op);
+  return Walk(problem.geometry, *problem.workers, op);
 }

@@ -94,10 +94,9 @@ ffi::Error Run(ConvOp op, ffi::ThreadPool& pool, const ConvAttrs& attrs, const O
   problem.operand[1] = second.untyped_data();
   problem.result = result->untyped_data();
   PreferHugePages(problem.result, result->size_bytes());
-  const Schedule schedule = [&pool](std::function<void()> task) {
-    pool.Schedule([task = std::move(task)] { task(); });
-  };
-  problem.schedule = &schedule;
+  const Workers workers = {[&pool](std::function<void()> task) { pool.Schedule([task = std::move(task)] { task(); }); },
+                           problem.result, result->size_bytes()};
+  problem.workers = &workers;
   if (ThisInstructionSet().convolve(problem)) return ffi::Error::Success();
   return ffi::Error(ffi::ErrorCode::kResourceExhausted, "jax_mps: no memory for scratch");
 }

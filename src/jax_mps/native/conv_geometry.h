@@ -30,7 +30,7 @@ struct ConvProblem {
   ConvAxis axis[3];
   const void* operand[2];
   void* result;
-  const Schedule* schedule;
+  const Workers* workers;
 };
 
 struct Interval {

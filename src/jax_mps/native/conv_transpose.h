@@ -242,7 +242,7 @@ struct Weights {
 };
 
 template <class E, class T>
-bool Pack(const Schedule& schedule, const E* kernel, const KernelStrides& strides, int64_t taps, int64_t depth,
+bool Pack(const Workers& workers, const E* kernel, const KernelStrides& strides, int64_t taps, int64_t depth,
           const Weights<T>& weights, T* to) {
   struct Context {
     const E* kernel;
@@ -279,7 +279,7 @@ bool Pack(const Schedule& schedule, const E* kernel, const KernelStrides& stride
   };
   const int64_t units = weights.panels() * taps;
   const int64_t bytes = depth * kPanel * kLanes<T> * static_cast<int64_t>(sizeof(T));
-  return units == 0 || depth == 0 || ParallelFor(schedule, units, 4 * bytes, body, &context);
+  return units == 0 || depth == 0 || ParallelFor(workers, units, 4 * bytes, body, &context);
 }
 
 // ---- Between arrays of any element type and order, and tiles: numbers of type T, channels last.
@@ -766,7 +766,7 @@ bool GatherAll(const ConvProblem& problem) {
   if (packed.data() == nullptr) return false;
   T* panels = static_cast<T*>(packed.data());
   weights.data = panels;
-  if (!Pack(*problem.schedule, static_cast<const E*>(operands[1]), strides, overlap ? 1 : taps, depth, weights, panels)) {
+  if (!Pack(*problem.workers, static_cast<const E*>(operands[1]), strides, overlap ? 1 : taps, depth, weights, panels)) {
     return false;
   }
 
@@ -812,7 +812,7 @@ bool GatherAll(const ConvProblem& problem) {
     }
     return true;
   };
-  return ParallelFor(*problem.schedule, units, static_cast<int64_t>(Effort<E>(problem) / units) + 1, body, &gather);
+  return ParallelFor(*problem.workers, units, static_cast<int64_t>(Effort<E>(problem) / units) + 1, body, &gather);
 }
 
 // ---- Weight gradient.

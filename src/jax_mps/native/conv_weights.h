@@ -666,7 +666,7 @@ bool RunTask(const Task& task, const ConvProblem& problem, int64_t windows, R* r
     return true;
   };
   const double effort = Effort<T>(problem) / (units * splits);
-  if (!ParallelFor(*problem.schedule, units * splits, static_cast<int64_t>(effort) + 1, add, &context)) {
+  if (!ParallelFor(*problem.workers, units * splits, static_cast<int64_t>(effort) + 1, add, &context)) {
     return false;
   }
   if (splits == 1) return true;
@@ -690,7 +690,7 @@ bool RunTask(const Task& task, const ConvProblem& problem, int64_t windows, R* r
     }
     return true;
   };
-  return ParallelFor(*problem.schedule, units * parts, task.part_size() * sizeof(T) * splits, finish, &context);
+  return ParallelFor(*problem.workers, units * parts, task.part_size() * sizeof(T) * splits, finish, &context);
 }
 
 // A whole array as a tile.
@@ -714,7 +714,7 @@ bool StageAll(const ConvProblem& problem, const Array<const E>& from, int64_t pi
     }
     return true;
   };
-  return units == 0 || ParallelFor(*problem.schedule, units, from.size[2] * pitch * sizeof(T), body, &context);
+  return units == 0 || ParallelFor(*problem.workers, units, from.size[2] * pitch * sizeof(T), body, &context);
 }
 
 template <class G, class X, class R>

@@ -179,16 +179,18 @@ class Call {
     problem_.result[i] = result->untyped_data();
     empty_ |= result->element_count() == 0;
     PreferHugePages(result->untyped_data(), result->size_bytes());
+    if (result->size_bytes() > workers_.bytes) {
+      workers_.result = result->untyped_data();
+      workers_.bytes = result->size_bytes();
+    }
     problem_.stream |= ExceedsCaches(result->size_bytes());
   }
 
   ffi::Error Run(ffi::ThreadPool& pool) {
     if (!error_.empty()) return ffi::Error::InvalidArgument("jax_mps: " + error_);
     if (empty_) return ffi::Error::Success();
-    const Schedule schedule = [&pool](std::function<void()> task) {
-      pool.Schedule([task = std::move(task)] { task(); });
-    };
-    problem_.schedule = &schedule;
+    workers_.schedule = [&pool](std::function<void()> task) { pool.Schedule([task = std::move(task)] { task(); }); };
+    problem_.workers = &workers_;
     // Unpooling has no windows: its positions are numbers in a plane, whose axes have to stay.
     if (problem_.op != Op::kMaxUnpool && problem_.op != Op::kMaxUnpoolTake) MergeCoveredAxes(problem_.geometry);
     problem_.stream &= StreamsWell();
@@ -207,6 +209,7 @@ class Call {
   }
 
   Problem problem_ = {};
+  Workers workers_;
   std::string error_;
   bool empty_ = false;
 };

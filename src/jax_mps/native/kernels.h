@@ -24,7 +24,7 @@ struct Problem {
   const void* operand[3];
   void* result[2];
   bool stream;  // whether the result is too large for the caches
-  const Schedule* schedule;
+  const Workers* workers;
 };
 
 // Runs it; false if there was no memory for scratch.

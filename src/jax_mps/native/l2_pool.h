@@ -169,14 +169,14 @@ template <class T, class R>
 bool L2Pool(const Problem& problem) {
   using Op = std::conditional_t<std::is_same_v<T, double>, ScaledNorm, Norm<T, R>>;
   const Op op = {static_cast<const T*>(problem.operand[0]), static_cast<R*>(problem.result[0])};
-  return Walk(problem.geometry, *problem.schedule, op);
+  return Walk(problem.geometry, *problem.workers, op);
 }
 
 template <class T>
 bool L2PoolTangent(const Problem& problem) {
   const NormTangent<T> op = {static_cast<const T*>(problem.operand[0]), static_cast<const T*>(problem.operand[1]),
                              static_cast<const Acc<T>*>(problem.operand[2]), static_cast<Acc<T>*>(problem.result[0])};
-  return Walk(problem.geometry, *problem.schedule, op);
+  return Walk(problem.geometry, *problem.workers, op);
 }
 
 template <class T>
@@ -184,6 +184,6 @@ bool L2PoolGradient(const Problem& problem) {
   const NormGradient<T> op = {static_cast<const Acc<T>*>(problem.operand[0]), static_cast<const T*>(problem.operand[1]),
                               static_cast<const Acc<T>*>(problem.operand[2]), static_cast<T*>(problem.result[0])};
   const Tiles tiles(problem.geometry);
-  if (tiles.possible) return FillTiles(tiles, *problem.schedule, op);
-  return Walk(problem.geometry, *problem.schedule, op);
+  if (tiles.possible) return FillTiles(tiles, *problem.workers, op);
+  return Walk(problem.geometry, *problem.workers, op);
 }

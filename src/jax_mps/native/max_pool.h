@@ -361,7 +361,7 @@ bool PutUnits(const Problem& problem, const Way& way, const PutTap<T, I>& op, in
     StreamFence();
     return true;
   };
-  return ParallelFor(*problem.schedule, way.units(), bytes_per_unit, body, &context);
+  return ParallelFor(*problem.workers, way.units(), bytes_per_unit, body, &context);
 }
 
 template <class T, class I>
@@ -374,7 +374,7 @@ bool Put(const Problem& problem, const PutTap<T, I>& op) {
     return PutUnits(problem, bands, op, scratch, bands.size() * kWindow);
   }
   const Strips strips(problem.geometry, kLanes, kWindow, kSum);
-  if (!strips.worthwhile) return Walk(problem.geometry, *problem.schedule, op);
+  if (!strips.worthwhile) return Walk(problem.geometry, *problem.workers, op);
   const int64_t row = strips.line[2].targets() * strips.inner;
   const int64_t scratch = strips.taps * sizeof(int64_t) + strips.copied() * kWindow + (strips.sums() + row) * kSum;
   return PutUnits(problem, strips, op, scratch, strips.copied() * kWindow);
@@ -383,14 +383,14 @@ bool Put(const Problem& problem, const PutTap<T, I>& op) {
 template <class T>
 bool MaxPool(const Problem& problem) {
   const MaxValue<T> op = {Order<T>(problem.type), static_cast<const T*>(problem.operand[0]), static_cast<T*>(problem.result[0])};
-  return Walk(problem.geometry, *problem.schedule, op);
+  return Walk(problem.geometry, *problem.workers, op);
 }
 
 template <class T, class K>
 bool MaxPoolTap(const Problem& problem) {
   const MaxTap<T, K> op = {Order<T>(problem.type), static_cast<const T*>(problem.operand[0]), static_cast<T*>(problem.result[0]),
                            problem.result[1], problem.second};
-  return Walk(problem.geometry, *problem.schedule, op);
+  return Walk(problem.geometry, *problem.workers, op);
 }
 
 template <class T>
@@ -405,7 +405,7 @@ template <class T>
 bool MaxPoolTake(const Problem& problem) {
   const TakeTap<T> op = {static_cast<const T*>(problem.operand[0]), problem.operand[1], problem.second,
                          static_cast<T*>(problem.result[0])};
-  return Walk(problem.geometry, *problem.schedule, op);
+  return Walk(problem.geometry, *problem.workers, op);
 }
 
 template <class T, class I>

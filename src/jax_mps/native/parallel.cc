@@ -76,31 +76,94 @@ void LeaveCore(int core) {
 #endif
 }
 
+#ifdef __linux__
+constexpr uintptr_t kHugePage = 2 << 20;
+#ifndef MADV_POPULATE_WRITE
+#define MADV_POPULATE_WRITE 23
+#endif
+#endif
+
+// The pages of a large result, which the system may not have supplied yet. A core gets the memory first that it freed itself,
+// as the caller's does with results. Another core may get some that a virtual machine had returned to its host, and wait
+// milliseconds for a page. So the caller asks for all the pages, just ahead of the other thread. Several other threads would
+// wait for him longer than for the system.
+class Pages {
+ public:
+  // The other thread starts at `share`, a part of the result.
+  void Set(void* data, size_t bytes, double share) {
+#ifdef __linux__
+    constexpr uintptr_t kSmall = 64 << 10;  // a multiple of every system's small pages
+    begin_ = (reinterpret_cast<uintptr_t>(data) + kSmall - 1) & ~(kSmall - 1);
+    end_ = (reinterpret_cast<uintptr_t>(data) + bytes) & ~(kSmall - 1);
+    if (bytes < 2 * kHugePage || (Supplied(begin_) && Supplied(end_ - kSmall))) return;
+    count_ = (end_ - 1) / kHugePage - begin_ / kHugePage + 1;
+    first_ = static_cast<int64_t>(count_ * share);
+#else
+    (void)data, (void)bytes, (void)share;
+#endif
+  }
+
+  void Supply() {
+#ifdef __linux__
+    for (int64_t i = 0; i < count_; ++i) {
+      const uintptr_t page = (begin_ / kHugePage + (first_ + i) % count_) * kHugePage;
+      const uintptr_t begin = std::max(page, begin_), end = std::min(page + kHugePage, end_);
+      // An older system refuses, and supplies each page when it is touched.
+      if (!Supplied(begin)) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_POPULATE_WRITE);
+      ready_.store(i + 1);
+    }
+#endif
+  }
+
+  // Waits for what lies before `share`.
+  void Await(double share) const {
+    if (count_ == 0) return;
+    const int64_t last = std::min(count_ - 1, static_cast<int64_t>(count_ * share));
+    while (ready_.load() <= (last - first_ + count_) % count_) std::this_thread::yield();
+  }
+
+ private:
+#ifdef __linux__
+  static bool Supplied(uintptr_t address) {
+    unsigned char resident;
+    return mincore(reinterpret_cast<void*>(address), 1, &resident) != 0 || (resident & 1) != 0;
+  }
+#endif
+
+  uintptr_t begin_, end_;
+  int64_t count_ = 0, first_;
+  std::atomic<int64_t> ready_{0};
+};
+
 struct Job {
   int64_t units, tasks, threads;
   bool (*body)(const void*, int64_t, int64_t);
   const void* context;
   int core;  // of the calling thread
   std::unique_ptr<Share[]> shares;
+  Pages pages;
   std::atomic<int64_t> done{0};
   std::atomic<bool> ok{true};
   std::mutex mutex;
   std::condition_variable finished;
 
   // Takes tasks until none is left. `body` and `context` die with the call that made them, so they are touched only
-  // between taking a task and counting it done.
+  // between taking a task and counting it done, which every thread does once, for all of his.
   void Work(int64_t thread) {
     if (thread > 0) LeaveCore(core);
+    if (thread == 0) pages.Supply();
     const Subnormals subnormals;
+    int64_t mine = 0;
     for (int64_t i = 0; i < threads; ++i) {
       Share& share = shares[(thread + i) % threads];
-      for (int64_t task; (task = share.next.fetch_add(1)) < share.end;) {
+      for (int64_t task; (task = share.next.fetch_add(1)) < share.end; ++mine) {
+        if (thread > 0) pages.Await(static_cast<double>(task + 1) / tasks);
         if (!body(context, units * task / tasks, units * (task + 1) / tasks)) ok = false;
-        if (done.fetch_add(1) + 1 == tasks) {
-          std::lock_guard<std::mutex> lock(mutex);
-          finished.notify_all();
-        }
       }
+    }
+    if (mine > 0 && done.fetch_add(mine) + mine == tasks) {
+      std::lock_guard<std::mutex> lock(mutex);
+      finished.notify_all();
     }
   }
 
@@ -126,7 +189,7 @@ int ThreadCount() {
   return count;
 }
 
-bool ParallelFor(const Schedule& schedule, int64_t units, int64_t bytes_per_unit,
+bool ParallelFor(const Workers& workers, int64_t units, int64_t bytes_per_unit,
                  bool (*body)(const void*, int64_t, int64_t), const void* context) {
   const double bytes = static_cast<double>(units) * bytes_per_unit;
   const int64_t wanted = ThreadCount() * kTasksPerThread;
@@ -148,8 +211,9 @@ bool ParallelFor(const Schedule& schedule, int64_t units, int64_t bytes_per_unit
     job->shares[i].next = tasks * i / job->threads;
     job->shares[i].end = tasks * (i + 1) / job->threads;
   }
+  if (job->threads == 2) job->pages.Set(workers.result, workers.bytes, static_cast<double>(job->shares[1].next) / tasks);
   for (int64_t thread = 1; thread < job->threads; ++thread) {
-    schedule([job, thread] { job->Work(thread); });
+    workers.schedule([job, thread] { job->Work(thread); });
   }
   job->Work(0);
   job->Wait();
@@ -190,9 +254,8 @@ bool ExceedsCaches(size_t bytes) {
 
 void PreferHugePages(void* data, size_t bytes) {
 #ifdef __linux__
-  constexpr uintptr_t kHuge = 2 << 20;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHuge - 1) & ~(kHuge - 1);
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) & ~(kHuge - 1);
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHugePage - 1) & ~(kHugePage - 1);
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) & ~(kHugePage - 1);
   if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #else
   (void)data, (void)bytes;

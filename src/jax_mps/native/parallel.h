@@ -10,13 +10,20 @@ namespace jax_mps {
 // Hands a task to the pool. It may run late, or after the call that scheduled it returned.
 using Schedule = std::function<void(std::function<void()>)>;
 
+// Who works, and the result that they fill, about in the order of the units.
+struct Workers {
+  Schedule schedule;
+  void* result = nullptr;
+  size_t bytes = 0;
+};
+
 // Threads of XLA's pool: NPROC where it is set, as XLA itself does, else the processors this process may use.
 int ThreadCount();
 
 // Runs body(context, begin, end) over pieces of [0, units), and returns false if one of them did. The caller works too and
 // waits only for pieces that another thread has begun: waiting for scheduled ones deadlocks when every thread of the pool
 // waits like that.
-bool ParallelFor(const Schedule& schedule, int64_t units, int64_t bytes_per_unit,
+bool ParallelFor(const Workers& workers, int64_t units, int64_t bytes_per_unit,
                  bool (*body)(const void* context, int64_t begin, int64_t end), const void* context);
 
 // Scratch of the calling thread, 64-byte aligned, valid until its next request; null if there is no memory.

@@ -24,7 +24,7 @@ bool ForEachPlane(const Problem& problem, int64_t element, const Body& body) {
   const int64_t blocks = (planes.inner + kUnpoolBlock - 1) / kUnpoolBlock;
   const int64_t channels = planes.inner < kUnpoolBlock ? planes.inner : kUnpoolBlock;
   return ParallelFor(
-      *problem.schedule, planes.outer * blocks, channels * (planes.image * element + planes.pooled * (element + 4)),
+      *problem.workers, planes.outer * blocks, channels * (planes.image * element + planes.pooled * (element + 4)),
       [](const void* data, int64_t begin, int64_t end) {
         const auto& [planes, body] = *static_cast<const Context*>(data);
         const int64_t blocks = (planes.inner + kUnpoolBlock - 1) / kUnpoolBlock;

@@ -380,7 +380,7 @@ size_t ScratchBytes(const Plan& plan) {
 
 // Runs the operation over all targets; false if there was no memory for scratch.
 template <class Op>
-bool Walk(const Geometry& geometry, const Schedule& schedule, const Op& op) {
+bool Walk(const Geometry& geometry, const Workers& workers, const Op& op) {
   const Plan plan(geometry, {Op::kBackward, Op::kSeparable, kVector<Op>, sizeof(typename Op::Wide)});
   struct Context {
     const Plan& plan;
@@ -408,7 +408,7 @@ bool Walk(const Geometry& geometry, const Schedule& schedule, const Op& op) {
     windows *= axis.windows;
   }
   const int64_t bytes = geometry.outer * geometry.inner * (pixels + windows) * sizeof(typename Op::Element);
-  return ParallelFor(schedule, plan.units(), bytes / plan.units() + 1, body, &context);
+  return ParallelFor(workers, plan.units(), bytes / plan.units() + 1, body, &context);
 }
 
 // `count` numbers, each of them K times.
@@ -462,7 +462,7 @@ inline void Expand(const Tiles& tiles, Range windows, const Wide* held, Range pi
 // Weighted() whether divisors differ, Shared() the operation that finishes it, and kAlike whether all pixels of a window are
 // the same then.
 template <class Op>
-bool FillTiles(const Tiles& tiles, const Schedule& schedule, const Op& op) {
+bool FillTiles(const Tiles& tiles, const Workers& workers, const Op& op) {
   using Wide = typename Op::Wide;
   struct Context {
     const Tiles& tiles;
@@ -564,5 +564,5 @@ bool FillTiles(const Tiles& tiles, const Schedule& schedule, const Op& op) {
     return true;
   };
   const int64_t lines = (tiles.axis[0].size / tiles.axis[0].windows + 1) * (tiles.axis[1].size / tiles.axis[1].windows + 1);
-  return ParallelFor(schedule, tiles.units(), lines * tiles.length * tiles.inner * sizeof(typename Op::Element), body, &context);
+  return ParallelFor(workers, tiles.units(), lines * tiles.length * tiles.inner * sizeof(typename Op::Element), body, &context);
 }

@@ -227,7 +227,7 @@ class Threads {
   ~Threads() {
     for (std::thread& thread : threads_) thread.join();
   }
-  const Schedule schedule = [this](std::function<void()> task) { threads_.emplace_back(std::move(task)); };
+  const Workers workers = {[this](std::function<void()> task) { threads_.emplace_back(std::move(task)); }};
 
  private:
   std::vector<std::thread> threads_;
@@ -368,7 +368,7 @@ struct Pooling {
     problem.stream = random_number.OneIn(2);
     {
       Threads threads;
-      problem.schedule = &threads.schedule;
+      problem.workers = &threads.workers;
       if (!Execute(problem)) Fail("no memory", Name(), 0, 0, 0);
     }
     std::vector<Numbers> numbers;
@@ -665,7 +665,7 @@ void TestConvTranspose(Type type) {
     p.result = result.data();
     {
       Threads threads;
-      p.schedule = &threads.schedule;
+      p.workers = &threads.workers;
       if (!Execute(p)) Fail("no memory", Describe(name, p), 0, 0, 0);
     }
     Close("result", Describe(name, p), stored, type, Decode(stored, result), wanted);
