@@ -186,7 +186,7 @@ def measure(
     for name, contender in contenders.items():
         for _ in range(_WARM_UP_CALLS):
             contender.wait(contender.call())
-        once = _turn(contender, calls=1, queued=queued) * contender.copies
+        once = _turn(contender, calls=1, settle=0, queued=queued) * contender.copies
         calls[name] = min(max(1, math.ceil(_TURN_SECONDS / once)), _MOST_CALLS_A_TURN)
         round_seconds += (calls[name] + 1) * once + settle
     rounds = max(_FEWEST_ROUNDS, min(rounds, int(seconds / round_seconds)))
@@ -194,26 +194,30 @@ def measure(
     samples: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds):
         for name, contender in contenders.items():
-            # Untimed: brings the operands back into the caches, wakes the threads that slept, and
-            # waits out those of GNU OpenMP, which PyTorch uses and which spin for tens of milliseconds
-            # after their work: until then the next in turn has one core less.
-            settled = time.perf_counter() + settle
-            while True:
-                contender.wait(contender.call())
-                if time.perf_counter() >= settled:
-                    break
-            samples[name].append(1e3 * _turn(contender, calls=calls[name], queued=queued))
+            samples[name].append(1e3 * _turn(contender, calls=calls[name], settle=settle, queued=queued))
     return {name: _summary(s) for name, s in samples.items()}
 
 
-def _turn(contender: Contender, *, calls: int, queued: bool) -> float:
-    """The seconds that a call takes, averaged over some."""
-    start = time.perf_counter()
-    for _ in range(calls - 1):
+def _turn(contender: Contender, *, calls: int, settle: float, queued: bool) -> float:
+    """The seconds that a call takes, averaged over some, after `settle` seconds of calls that do not count.
+
+    Those bring the operands back into the caches, wake the threads that slept, and wait out those of GNU
+    OpenMP, which PyTorch uses and which spin for tens of milliseconds after their work: until then the
+    next in turn has one core less.
+    """
+    settled = time.perf_counter() + settle
+    while True:
+        # The outputs of a call live until the next one has its own, here as below: the allocator has
+        # room for both then, and takes none from the system while the time counts.
         outputs = contender.call()
-        if not queued:
+        contender.wait(outputs)
+        if time.perf_counter() >= settled:
+            break
+    start = time.perf_counter()
+    for i in range(calls):
+        outputs = contender.call()
+        if not queued or i == calls - 1:
             contender.wait(outputs)
-    contender.wait(contender.call())
     return (time.perf_counter() - start) / (calls * contender.copies)
 
 

@@ -24,6 +24,17 @@ constexpr int RowsOf(int vectors) {
   return rows < 12 ? rows : 12;
 }
 
+// The same where rows lie anywhere.
+constexpr int ScatteredRowsOf(int vectors) {
+#if defined(__x86_64__) || defined(_M_X64)
+  // The panel's vectors and an element of a row need a register each, too. With one vector each product takes a load, and no
+  // load can be spared for the addresses of more rows than there are registers for.
+  return vectors == 1 ? 9 : ((kPanel == 4 ? 32 : 16) - 1 - vectors) / vectors;
+#else
+  return RowsOf(vectors);
+#endif
+}
+
 constexpr int kPickedRows = kPanel == 4 ? 5 : 4;  // which keep what is picked from, too
 
 constexpr int64_t kCacheBytes = 256 << 10;  // what a task may keep: half a level-2 cache
@@ -163,7 +174,7 @@ inline void MultiplyPanel(int64_t vectors, int64_t count, const S* source, T* ta
       return MultiplyPanel<way, V - 1>(vectors, count, source, target, rows, taps, tap_count, weights);
     }
   }
-  constexpr int kMost = way == Way::kDense ? RowsOf(V) : way == Way::kAcross ? kRows : kPickedRows;
+  constexpr int kMost = way == Way::kDense ? ScatteredRowsOf(V) : way == Way::kAcross ? kRows : kPickedRows;
   if (count <= kMost) return MultiplyRows<way, kMost, V>(count, source, target, rows, taps, tap_count, weights);
   // Tiles of equal height: 16 rows are 6, 5 and 5.
   const int64_t tiles = (count + kMost - 1) / kMost;
