@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstdio>
 #include <cstdlib>
@@ -83,13 +84,13 @@ constexpr uintptr_t kHugePage = 2 << 20;
 #endif
 #endif
 
-// The pages of a large result, which the system may not have supplied yet. A core gets the memory first that it freed itself,
-// as the caller's does with results. Another core may get some that a virtual machine had returned to its host, and wait
-// milliseconds for a page. So the caller asks for all the pages, just ahead of the other thread. Several other threads would
-// wait for him longer than for the system.
+// The pages of a large result, which the system may not have supplied yet. Whoever writes to one first asks for it, and finds it
+// in his cache. But a core gets the memory first that it freed itself, as the caller's does with results, while another may get
+// some that a virtual machine had returned to its host, and then waits for a page for milliseconds, call after call. Once that
+// was seen, the caller asks for all the pages of the next results, ahead of the others.
 class Pages {
  public:
-  // The other thread starts at `share`, a part of the result.
+  // The second thread starts at `share`, a part of the result.
   void Set(void* data, size_t bytes, double share) {
 #ifdef __linux__
     constexpr uintptr_t kSmall = 64 << 10;  // a multiple of every system's small pages
@@ -98,31 +99,47 @@ class Pages {
     if (bytes < 2 * kHugePage || (Supplied(begin_) && Supplied(end_ - kSmall))) return;
     count_ = (end_ - 1) / kHugePage - begin_ / kHugePage + 1;
     first_ = static_cast<int64_t>(count_ * share);
+    state_ = std::make_unique<std::atomic<State>[]>(count_);
+    caller_asks_ = slow.load() > 0 && slow.fetch_sub(1) > 0;
 #else
     (void)data, (void)bytes, (void)share;
 #endif
   }
 
-  void Supply() {
-#ifdef __linux__
-    for (int64_t i = 0; i < count_; ++i) {
-      const uintptr_t page = (begin_ / kHugePage + (first_ + i) % count_) * kHugePage;
-      const uintptr_t begin = std::max(page, begin_), end = std::min(page + kHugePage, end_);
-      // An older system refuses, and supplies each page when it is touched.
-      if (!Supplied(begin)) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_POPULATE_WRITE);
-      ready_.store(i + 1);
-    }
-#endif
+  // The caller, before anything else.
+  void Begin() {
+    for (int64_t i = 0; caller_asks_ && i < count_; ++i) Ask((first_ + i) % count_, true);
   }
 
-  // Waits for what lies before `share`.
-  void Await(double share) const {
+  // A thread, before it writes to this part of the result.
+  void Need(double begin, double end, bool caller) {
     if (count_ == 0) return;
-    const int64_t last = std::min(count_ - 1, static_cast<int64_t>(count_ * share));
-    while (ready_.load() <= (last - first_ + count_) % count_) std::this_thread::yield();
+    const int64_t last = std::min(count_ - 1, static_cast<int64_t>(count_ * end));
+    for (int64_t page = static_cast<int64_t>(count_ * begin); page <= last; ++page) {
+      if (!caller_asks_) Ask(page, caller);
+      while (state_[page].load() != kThere) std::this_thread::yield();
+    }
   }
 
  private:
+  enum State { kNobodyAsked, kAsked, kThere };
+
+  void Ask(int64_t number, bool caller) {
+#ifdef __linux__
+    State before = kNobodyAsked;
+    if (!state_[number].compare_exchange_strong(before, kAsked)) return;
+    const uintptr_t page = (begin_ / kHugePage + number) * kHugePage;
+    const uintptr_t begin = std::max(page, begin_), end = std::min(page + kHugePage, end_);
+    const auto start = std::chrono::steady_clock::now();
+    // An older system refuses, and supplies each page when it is touched.
+    if (!Supplied(begin)) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_POPULATE_WRITE);
+    if (!caller && std::chrono::steady_clock::now() - start > std::chrono::milliseconds(2)) slow = 32;
+    state_[number] = kThere;
+#else
+    (void)number, (void)caller;
+#endif
+  }
+
 #ifdef __linux__
   static bool Supplied(uintptr_t address) {
     unsigned char resident;
@@ -130,10 +147,15 @@ class Pages {
   }
 #endif
 
+  static std::atomic<int> slow;  // the results for which the caller asks
+
   uintptr_t begin_, end_;
   int64_t count_ = 0, first_;
-  std::atomic<int64_t> ready_{0};
+  bool caller_asks_ = false;
+  std::unique_ptr<std::atomic<State>[]> state_;
 };
+
+std::atomic<int> Pages::slow{0};
 
 struct Job {
   int64_t units, tasks, threads;
@@ -151,13 +173,13 @@ struct Job {
   // between taking a task and counting it done, which every thread does once, for all of his.
   void Work(int64_t thread) {
     if (thread > 0) LeaveCore(core);
-    if (thread == 0) pages.Supply();
+    if (thread == 0) pages.Begin();
     const Subnormals subnormals;
     int64_t mine = 0;
     for (int64_t i = 0; i < threads; ++i) {
       Share& share = shares[(thread + i) % threads];
       for (int64_t task; (task = share.next.fetch_add(1)) < share.end; ++mine) {
-        if (thread > 0) pages.Await(static_cast<double>(task + 1) / tasks);
+        pages.Need(static_cast<double>(task) / tasks, static_cast<double>(task + 1) / tasks, thread == 0);
         if (!body(context, units * task / tasks, units * (task + 1) / tasks)) ok = false;
       }
     }
@@ -211,7 +233,7 @@ bool ParallelFor(const Workers& workers, int64_t units, int64_t bytes_per_unit,
     job->shares[i].next = tasks * i / job->threads;
     job->shares[i].end = tasks * (i + 1) / job->threads;
   }
-  if (job->threads == 2) job->pages.Set(workers.result, workers.bytes, static_cast<double>(job->shares[1].next) / tasks);
+  job->pages.Set(workers.result, workers.bytes, static_cast<double>(job->shares[1].next) / tasks);
   for (int64_t thread = 1; thread < job->threads; ++thread) {
     workers.schedule([job, thread] { job->Work(thread); });
   }
