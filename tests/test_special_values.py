@@ -260,6 +260,42 @@ def test_l2_of_mixed_sizes(exponents, dtype, implementation, x64):
     np.testing.assert_allclose(y, expected, rtol=oracle.tolerance(dtype, 9))
 
 
+@pytest.mark.parametrize("channels", [128, 100, 37])
+@pytest.mark.parametrize(
+    ("dtype", "exponent"),
+    [("bfloat16", e) for e in (-126, -100, -63, -60, -40, -39, 0, 59, 60, 63, 64, 120)]
+    + [("float16", e) for e in (-24, -14, -12, 0, 12)],
+)
+def test_l2_of_one_channel_of_another_size(dtype, exponent, channels, implementation):
+    """A vector of sums holds one whose squares vanish or overflow, beside ordinary ones and some of zeros."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((2, 9, 9, channels))
+    x[..., 30:34] = 0
+    x[0, :, :, 35] = rng.uniform(1, 2, (9, 9)) * 2.0**exponent
+    x[1, 2:5, :, 36] = rng.uniform(1, 2, (3, 9)) * 2.0**exponent
+    x = x.astype(jnp.dtype(dtype))
+    for window, strides in ((3, 2), (2, 1), (9, 9)):
+        y = jax_mps.l2_pool(x, window, strides=strides, implementation=implementation)
+        expected = oracle.l2_pool(x, (window, window), strides=strides)
+        half_a_step = 2.0**-25 if dtype == "float16" else 0  # between the smallest numbers
+        np.testing.assert_allclose(
+            np.asarray(y, np.float64),
+            expected,
+            rtol=oracle.tolerance(dtype, window * window),
+            atol=half_a_step,
+        )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_l2_of_infinity_and_nan_among_channels(dtype, implementation):
+    x = np.ones((1, 3, 3, 64), jnp.dtype(dtype))
+    x[0, 1, 1, 3], x[0, 1, 1, 40], x[0, 0, 1, 41], x[0, 0, 0, 41] = inf, nan, -inf, nan
+    expected = np.full(64, 3.0)
+    expected[3], expected[40], expected[41] = inf, nan, nan
+    y = jax_mps.l2_pool(x, 3, strides=3, implementation=implementation)
+    np.testing.assert_array_equal(np.asarray(y, np.float64).ravel(), expected)
+
+
 def test_l2_of_infinity_and_nan(implementation):
     x = row(inf, 1, -inf, inf, nan, 1, 1, 1)
     y = jax_mps.l2_pool(x, 2, strides=2, implementation=implementation)

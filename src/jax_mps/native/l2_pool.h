@@ -1,12 +1,12 @@
 // L2 pooling, its tangent and its gradient. Everything is summed in float64: there the square of a float32 neither overflows
-// nor vanishes.
+// nor vanishes. The norm of float16 is summed in float32, where its squares do not, and that of bfloat16 where that shows.
 
 // ---- y = sqrt(sum of squares).
 
 template <class T, class R>
 struct Norm {
   using Element = T;
-  using Wide = double;
+  using Wide = std::conditional_t<std::is_same_v<T, F16>, float, double>;
   static constexpr int kLanes = kSumLanes<T, Wide>, kVectors = 8 / kSumVectors<T>;
   static constexpr bool kBackward = false, kSeparable = true;
   template <int N>
@@ -39,6 +39,74 @@ struct Norm {
     return *this;
   }
 };
+
+// In float32 squares of bfloat16 are exact, and take half of the instructions, but may overflow or vanish.
+template <class R>
+struct QuickNorm {
+  using Element = BF16;
+  using Wide = float;
+  static constexpr int kLanes = kSumLanes<BF16, Wide>, kVectors = 8 / kSumVectors<BF16>;
+  static constexpr bool kBackward = false, kSeparable = true;
+  template <int N>
+  struct State {
+    Sums<BF16, Wide, N> sum;
+    Vec<uint16_t, N> bits;  // of all that was squared
+  };
+
+  const BF16* source;
+  R* target;
+
+  template <int N>
+  State<N> Begin(Int<N>, int64_t, int64_t) const {
+    return State<N>{};
+  }
+  template <int N>
+  void Tap(Int<N>, State<N>& state, int64_t from, int64_t) const {
+    Sums<BF16, Wide, N> value;
+    Load<N>(source + from, value);
+    state.sum += value * value;
+    state.bits |= LoadRaw<uint16_t, N>(&source[from].bits);
+  }
+  template <int N>
+  static void Merge(State<N>& state, const State<N>& part) {
+    state.sum += part.sum;
+    state.bits |= part.bits;
+  }
+  // Whether every sum is finite, and zero only of zeros or else so large that no square that vanished counts.
+  template <int V>
+  static bool Right(Int<V>, const State<kLanes>* state) {
+    using Flags = Vec<int32_t, kLanes / 2>;
+    const auto fits = [](auto sum, auto digits) {
+      return Bits<Flags>(((sum >= 0x1p-80f) & (sum <= 0x1.fffffep127f)) | (digits == 0));
+    };
+    Flags all = Flags{} - 1;
+    for (int v = 0; v < V; ++v) {
+      const auto pairs = Bits<Vec<uint32_t, kLanes / 2>>(state[v].bits);
+      all &= fits(state[v].sum.first, pairs & 0x7fffu) & fits(state[v].sum.second, pairs & 0x7fff0000u);
+    }
+    int32_t right = -1;
+    for (int lane = 0; lane < kLanes / 2; ++lane) right &= all[lane];
+    return right != 0;
+  }
+  template <int V, int N>
+  static bool Right(Int<V>, const State<N>*) {
+    return false;  // not a full vector
+  }
+  Norm<BF16, R> Careful() const { return {source, target}; }
+  template <int N>
+  void Finish(Int<N>, const State<N>& state, int64_t to) const {
+    Store<N>(target + to, Sqrt<N>(state.sum));
+  }
+  const QuickNorm& At(int64_t) const { return *this; }
+};
+
+template <class R>
+constexpr bool kGuarded<QuickNorm<R>> = true;
+
+template <class R>
+inline QuickNorm<R> Direct(const Norm<BF16, R>& norm) {
+  return {norm.source, norm.target};
+}
 
 // float64 has no wider type: sums of three scales, of which the one that neither overflowed nor vanished counts.
 struct ScaledNorm {

@@ -535,8 +535,26 @@ inline Vec<double, N> Sqrt(Vec<double, N> v) {
   return root;
 }
 
-template <int N, class T>
-inline Halves<T, N, double> Sqrt(const Halves<T, N, double>& v) {
+template <int N>
+inline Vec<float, N> Sqrt(Vec<float, N> v) {
+#if defined(__AVX512F__)
+  if constexpr (N == 16) return Bits<Vec<float, N>>(_mm512_maskz_sqrt_ps(0xffff, Bits<__m512>(v)));
+#endif
+#if defined(__AVX__)
+  if constexpr (N == 8) return Bits<Vec<float, N>>(_mm256_sqrt_ps(Bits<__m256>(v)));
+#endif
+#if defined(__SSE2__)
+  if constexpr (N == 4) return Bits<Vec<float, N>>(_mm_sqrt_ps(Bits<__m128>(v)));
+#elif defined(__aarch64__)
+  if constexpr (N == 4) return Bits<Vec<float, N>>(vsqrtq_f32(Bits<float32x4_t>(v)));
+#endif
+  Vec<float, N> root = v;
+  for (int lane = 0; lane < N; ++lane) root[lane] = __builtin_sqrtf(v[lane]);
+  return root;
+}
+
+template <int N, class T, class Lane>
+inline Halves<T, N, Lane> Sqrt(const Halves<T, N, Lane>& v) {
   return {Sqrt<N / 2>(v.first), Sqrt<N / 2>(v.second)};
 }
 

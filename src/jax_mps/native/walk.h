@@ -55,10 +55,31 @@ constexpr int kVector = kVectorBytes / sizeof(typename Op::Wide);
 template <class Op>
 constexpr int kFewer = Op::kLanes > kVector<Op> || Op::kLanes != 16 ? Op::kLanes / 2 : 4;
 
+// Whether states of an operation may be wrong: it has to be asked if they are Right(), and replaced by Careful() where they are not.
+template <class Op>
+constexpr bool kGuarded = false;
+
+// The operation that takes its place where nothing is left in scratch.
+template <class Op>
+inline const Op& Direct(const Op& op) {
+  return op;
+}
+
 // `op` comes by value: no store to the result can change a copy, so its members stay in registers.
 template <class Op>
 inline void Gather(const Op op, const Taps& taps, int64_t source, int64_t target, int64_t n) {
   const Reads& reads = taps.reads;
+  if constexpr (kGuarded<Op>) {
+    if (n < Op::kLanes) return Gather(op.Careful(), taps, source, target, n);
+  }
+  const auto finish = [&](auto lanes, auto vectors, auto* state, int64_t i) __attribute__((always_inline)) {
+    constexpr int kN = decltype(lanes)::value;
+    constexpr int kVectors = decltype(vectors)::value;
+    if constexpr (kGuarded<Op>) {
+      if (!op.Right(vectors, state)) return Gather(op.Careful(), taps, source + i, target + i, kVectors * kN);
+    }
+    for (int v = 0; v < kVectors; ++v) op.Finish(lanes, state[v], target + i + v * kN);
+  };
   if (taps.listed) {
     const Taps::Entry* const end = taps.list + taps.count;
     return Sweep<Op::kLanes, Op::kVectors, kFewer<Op>>(n, [&](auto lanes, auto vectors, int64_t i) __attribute__((always_inline)) {
@@ -70,7 +91,7 @@ inline void Gather(const Op op, const Taps& taps, int64_t source, int64_t target
         const int64_t from = source + i + tap->source;
         for (int v = 0; v < kVectors; ++v) op.Tap(lanes, state[v], from + v * kN, tap->tap);
       }
-      for (int v = 0; v < kVectors; ++v) op.Finish(lanes, state[v], target + i + v * kN);
+      finish(lanes, vectors, state, i);
     });
   }
   Sweep<Op::kLanes, Op::kVectors, kFewer<Op>>(n, [&](auto lanes, auto vectors, int64_t i) __attribute__((always_inline)) {
@@ -102,7 +123,7 @@ inline void Gather(const Op op, const Taps& taps, int64_t source, int64_t target
     } else {
       take(state, 0, reads.count);
     }
-    for (int v = 0; v < kVectors; ++v) op.Finish(lanes, state[v], target + i + v * kN);
+    finish(lanes, vectors, state, i);
   });
 }
 
@@ -257,7 +278,7 @@ inline void Runs(const Plan& plan, const Piece& piece, const Op& op, const Reads
     const Op here = op.At(divisor * run->divisor);
     int64_t from = source + run->source * plan.pitch;
     int64_t to = target + run->target * target_pitch;
-    if constexpr (Op::kSeparable && !Op::kBackward) {
+    if constexpr (Op::kSeparable && !Op::kBackward && !kGuarded<Op>) {
       if (plan.folded) {
         const int64_t count = rows.rows[0] * rows.rows[1] * run->count;  // there is one row, or none
         for (int64_t j = 0; j < run->length; ++j) {
@@ -364,6 +385,9 @@ inline void WalkPiece(const Plan& plan, const Piece& piece, const Op& op, typena
       }
       return Columns(plan, piece, op.From(phases), kept, 0, scratch);
     }
+  }
+  if constexpr (Op::kSeparable && !Op::kBackward) {
+    if (!plan.folded) return Columns(plan, piece, Direct(op), rows, piece.source, nullptr);
   }
   Columns(plan, piece, op, rows, piece.source, scratch);
 }
