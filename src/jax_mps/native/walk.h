@@ -72,14 +72,6 @@ inline void Gather(const Op op, const Taps& taps, int64_t source, int64_t target
   if constexpr (kGuarded<Op>) {
     if (n < Op::kLanes) return Gather(op.Careful(), taps, source, target, n);
   }
-  const auto finish = [&](auto lanes, auto vectors, auto* state, int64_t i) __attribute__((always_inline)) {
-    constexpr int kN = decltype(lanes)::value;
-    constexpr int kVectors = decltype(vectors)::value;
-    if constexpr (kGuarded<Op>) {
-      if (!op.Right(vectors, state)) return Gather(op.Careful(), taps, source + i, target + i, kVectors * kN);
-    }
-    for (int v = 0; v < kVectors; ++v) op.Finish(lanes, state[v], target + i + v * kN);
-  };
   if (taps.listed) {
     const Taps::Entry* const end = taps.list + taps.count;
     return Sweep<Op::kLanes, Op::kVectors, kFewer<Op>>(n, [&](auto lanes, auto vectors, int64_t i) __attribute__((always_inline)) {
@@ -91,7 +83,10 @@ inline void Gather(const Op op, const Taps& taps, int64_t source, int64_t target
         const int64_t from = source + i + tap->source;
         for (int v = 0; v < kVectors; ++v) op.Tap(lanes, state[v], from + v * kN, tap->tap);
       }
-      finish(lanes, vectors, state, i);
+      if constexpr (kGuarded<Op>) {
+        if (!op.Right(vectors, state)) return Gather(op.Careful(), taps, source + i, target + i, kVectors * kN);
+      }
+      for (int v = 0; v < kVectors; ++v) op.Finish(lanes, state[v], target + i + v * kN);
     });
   }
   Sweep<Op::kLanes, Op::kVectors, kFewer<Op>>(n, [&](auto lanes, auto vectors, int64_t i) __attribute__((always_inline)) {
@@ -123,7 +118,10 @@ inline void Gather(const Op op, const Taps& taps, int64_t source, int64_t target
     } else {
       take(state, 0, reads.count);
     }
-    finish(lanes, vectors, state, i);
+    if constexpr (kGuarded<Op>) {
+      if (!op.Right(vectors, state)) return Gather(op.Careful(), taps, source + i, target + i, kVectors * kN);
+    }
+    for (int v = 0; v < kVectors; ++v) op.Finish(lanes, state[v], target + i + v * kN);
   });
 }
 
@@ -386,7 +384,7 @@ inline void WalkPiece(const Plan& plan, const Piece& piece, const Op& op, typena
       return Columns(plan, piece, op.From(phases), kept, 0, scratch);
     }
   }
-  if constexpr (Op::kSeparable && !Op::kBackward) {
+  if constexpr (!std::is_same_v<std::decay_t<decltype(Direct(op))>, Op>) {
     if (!plan.folded) return Columns(plan, piece, Direct(op), rows, piece.source, nullptr);
   }
   Columns(plan, piece, op, rows, piece.source, scratch);
