@@ -77,22 +77,23 @@ void LeaveCore(int core) {
 #endif
 }
 
-#ifdef __linux__
-constexpr uintptr_t kHugePage = 2 << 20;
-#ifndef MADV_POPULATE_WRITE
-#define MADV_POPULATE_WRITE 23
-#endif
-#endif
-
 // The pages of a large result, which the system may not have supplied yet. Whoever writes to one first asks for it, and finds it
 // in his cache. But a core gets the memory first that it freed itself, as the caller's does with results, while another may get
 // some that a virtual machine had returned to its host, and then waits for a page for milliseconds, call after call. Once that
 // was seen, the caller asks for all the pages of the next results, ahead of the others.
+#ifdef __linux__
+#ifndef MADV_POPULATE_WRITE
+#define MADV_POPULATE_WRITE 23
+#endif
+
+constexpr uintptr_t kHugePage = 2 << 20;
+
+std::atomic<int> results_with_slow_pages{0};  // that are expected
+
 class Pages {
  public:
   // The second thread starts at `share`, a part of the result.
   void Set(void* data, size_t bytes, double share) {
-#ifdef __linux__
     constexpr uintptr_t kSmall = 64 << 10;  // a multiple of every system's small pages
     begin_ = (reinterpret_cast<uintptr_t>(data) + kSmall - 1) & ~(kSmall - 1);
     end_ = (reinterpret_cast<uintptr_t>(data) + bytes) & ~(kSmall - 1);
@@ -100,10 +101,7 @@ class Pages {
     count_ = (end_ - 1) / kHugePage - begin_ / kHugePage + 1;
     first_ = static_cast<int64_t>(count_ * share);
     state_ = std::make_unique<std::atomic<State>[]>(count_);
-    caller_asks_ = slow.load() > 0 && slow.fetch_sub(1) > 0;
-#else
-    (void)data, (void)bytes, (void)share;
-#endif
+    caller_asks_ = results_with_slow_pages.load() > 0 && results_with_slow_pages.fetch_sub(1) > 0;
   }
 
   // The caller, before anything else.
@@ -125,7 +123,6 @@ class Pages {
   enum State { kNobodyAsked, kAsked, kThere };
 
   void Ask(int64_t number, bool caller) {
-#ifdef __linux__
     State before = kNobodyAsked;
     if (!state_[number].compare_exchange_strong(before, kAsked)) return;
     const uintptr_t page = (begin_ / kHugePage + number) * kHugePage;
@@ -133,29 +130,27 @@ class Pages {
     const auto start = std::chrono::steady_clock::now();
     // An older system refuses, and supplies each page when it is touched.
     if (!Supplied(begin)) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_POPULATE_WRITE);
-    if (!caller && std::chrono::steady_clock::now() - start > std::chrono::milliseconds(2)) slow = 32;
+    if (!caller && std::chrono::steady_clock::now() - start > std::chrono::milliseconds(2)) results_with_slow_pages = 32;
     state_[number] = kThere;
-#else
-    (void)number, (void)caller;
-#endif
   }
 
-#ifdef __linux__
   static bool Supplied(uintptr_t address) {
     unsigned char resident;
     return mincore(reinterpret_cast<void*>(address), 1, &resident) != 0 || (resident & 1) != 0;
   }
-#endif
-
-  static std::atomic<int> slow;  // the results for which the caller asks
 
   uintptr_t begin_, end_;
   int64_t count_ = 0, first_;
   bool caller_asks_ = false;
   std::unique_ptr<std::atomic<State>[]> state_;
 };
-
-std::atomic<int> Pages::slow{0};
+#else
+struct Pages {
+  void Set(void*, size_t, double) {}
+  void Begin() {}
+  void Need(double, double, bool) {}
+};
+#endif
 
 struct Job {
   int64_t units, tasks, threads;
