@@ -130,7 +130,7 @@ class Pages {
     const auto start = std::chrono::steady_clock::now();
     // An older system refuses, and supplies each page when it is touched.
     if (!Supplied(begin)) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_POPULATE_WRITE);
-    if (!caller && std::chrono::steady_clock::now() - start > std::chrono::milliseconds(2)) results_with_slow_pages = 32;
+    if (!caller && std::chrono::steady_clock::now() - start > std::chrono::milliseconds(2)) ExpectSlowPages(32);
     state_[number] = kThere;
   }
 
@@ -156,7 +156,8 @@ struct Job {
   int64_t units, tasks, threads;
   bool (*body)(const void*, int64_t, int64_t);
   const void* context;
-  int core;  // of the calling thread
+  std::thread::id caller;
+  int core;  // of the caller
   std::unique_ptr<Share[]> shares;
   Pages pages;
   std::atomic<int64_t> done{0};
@@ -164,17 +165,18 @@ struct Job {
   std::mutex mutex;
   std::condition_variable finished;
 
-  // Takes tasks until none is left. `body` and `context` die with the call that made them, so they are touched only
-  // between taking a task and counting it done, which every thread does once, for all of his.
-  void Work(int64_t thread) {
-    if (thread > 0) LeaveCore(core);
-    if (thread == 0) pages.Begin();
+  // Takes tasks until none is left, those of share `number` first. `body` and `context` die with the call that made them, so
+  // they are touched only between taking a task and counting it done, which every thread does once, for all of his.
+  void Work(int64_t number) {
+    const bool calling = std::this_thread::get_id() == caller;  // in a scheduled task too, if the pool runs it at once
+    if (calling) pages.Begin();
+    else LeaveCore(core);
     const Subnormals subnormals;
     int64_t mine = 0;
     for (int64_t i = 0; i < threads; ++i) {
-      Share& share = shares[(thread + i) % threads];
+      Share& share = shares[(number + i) % threads];
       for (int64_t task; (task = share.next.fetch_add(1)) < share.end; ++mine) {
-        pages.Need(static_cast<double>(task) / tasks, static_cast<double>(task + 1) / tasks, thread == 0);
+        pages.Need(static_cast<double>(task) / tasks, static_cast<double>(task + 1) / tasks, calling);
         if (!body(context, units * task / tasks, units * (task + 1) / tasks)) ok = false;
       }
     }
@@ -222,6 +224,7 @@ bool ParallelFor(const Workers& workers, int64_t units, int64_t bytes_per_unit,
   job->threads = std::min<int64_t>(ThreadCount(), tasks);
   job->body = body;
   job->context = context;
+  job->caller = std::this_thread::get_id();
   job->core = Core();
   job->shares = std::make_unique<Share[]>(job->threads);
   for (int64_t i = 0; i < job->threads; ++i) {
@@ -229,12 +232,20 @@ bool ParallelFor(const Workers& workers, int64_t units, int64_t bytes_per_unit,
     job->shares[i].end = tasks * (i + 1) / job->threads;
   }
   job->pages.Set(workers.result, workers.bytes, static_cast<double>(job->shares[1].next) / tasks);
-  for (int64_t thread = 1; thread < job->threads; ++thread) {
-    workers.schedule([job, thread] { job->Work(thread); });
+  for (int64_t number = 1; number < job->threads; ++number) {
+    workers.schedule([job, number] { job->Work(number); });
   }
   job->Work(0);
   job->Wait();
   return job->ok;
+}
+
+void ExpectSlowPages(int results) {
+#ifdef __linux__
+  results_with_slow_pages = results;
+#else
+  (void)results;
+#endif
 }
 
 void* Scratch(size_t bytes) {

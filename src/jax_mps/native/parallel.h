@@ -26,6 +26,9 @@ int ThreadCount();
 bool ParallelFor(const Workers& workers, int64_t units, int64_t bytes_per_unit,
                  bool (*body)(const void* context, int64_t begin, int64_t end), const void* context);
 
+// Makes the caller ask the system for all pages of the next results, as it does after pages that came late.
+void ExpectSlowPages(int results);
+
 // Scratch of the calling thread, 64-byte aligned, valid until its next request; null if there is no memory.
 void* Scratch(size_t bytes);
 

@@ -1,5 +1,5 @@
-// The kernels against plain loops: both families, every element type and layout, over small random shapes. No framework; no
-// XLA, no Python, so it also runs with sanitizers and, compiled for another processor, in an emulator.
+// The kernels against plain loops, both families, every element type and layout, over small random shapes; and the sharing of
+// work. No framework, no XLA, no Python, so it also runs with sanitizers and, compiled for another processor, in an emulator.
 //
 //   kernels_test_<instruction set> [problems of each kind, 100 if left out]
 //
@@ -13,6 +13,7 @@
 #include <cstring>
 #include <functional>
 #include <limits>
+#include <memory>
 #include <string>
 #include <thread>
 #include <utility>
@@ -20,6 +21,7 @@
 
 #include "../conv_geometry.h"
 #include "../kernels.h"
+#include "../parallel.h"
 
 namespace jax_mps {
 namespace {
@@ -232,6 +234,37 @@ class Threads {
  private:
   std::vector<std::thread> threads_;
 };
+
+// Every piece of a large result of new memory is filled once, whoever asks for its pages, and also by pools that run a task
+// before or after all others.
+void TestSharing() {
+  constexpr int64_t kUnits = 1000, kBytes = 48 << 10;  // so much memory at once is always new
+  enum Pool { kThreads, kAtOnce, kLate };
+  for (int slow : {0, 1}) {
+    for (Pool pool : {kThreads, kAtOnce, kLate}) {
+      ++problems;
+      ExpectSlowPages(slow);
+      const std::unique_ptr<char, decltype(&std::free)> result(static_cast<char*>(std::calloc(kUnits, kBytes)), std::free);
+      const auto fill = [](const void* data, int64_t begin, int64_t end) {
+        char* const bytes = *static_cast<char* const*>(data);
+        for (int64_t i = begin * kBytes; i < end * kBytes; ++i) ++bytes[i];
+        return true;
+      };
+      Threads threads;
+      std::vector<std::function<void()>> late;
+      Workers workers = threads.workers;
+      if (pool == kAtOnce) workers.schedule = [](std::function<void()> task) { task(); };
+      if (pool == kLate) workers.schedule = [&](std::function<void()> task) { late.push_back(std::move(task)); };
+      workers.result = result.get();
+      workers.bytes = kUnits * kBytes;
+      char* const bytes = result.get();
+      bool right = ParallelFor(workers, kUnits, kBytes, fill, &bytes);
+      for (const auto& task : late) task();
+      for (int64_t i = 0; i < kUnits * kBytes; ++i) right &= bytes[i] == 1;
+      if (!right) std::printf("sharing with pool %d, pages expected late: %d\n", pool, slow), ++failures;
+    }
+  }
+}
 
 // ---- Pooling.
 
@@ -716,6 +749,7 @@ int main(int count, char** arguments) {
       TestMaxUnpool(type);
     }
   }
+  TestSharing();
   std::printf("%s: %d problems, %d differences\n", instruction_set.c_str(), problems, failures);
   return failures == 0 && problems > 0 ? 0 : 1;
 }
