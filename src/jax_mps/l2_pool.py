@@ -175,7 +175,9 @@ def gradient(
     if edge == "clamp":
         image = lax.convert_element_type(image, accumulator)  # repeated pixels are added up, then rounded
     y = l2_pool_p.bind(image, out_dtype=accumulator, **params)
-    dx = _gradient(lax.convert_element_type(g, accumulator), image, y, **params)
+    if g.dtype != image.dtype:
+        g = lax.convert_element_type(g, accumulator)
+    dx = _gradient(g, image, y, **params)
     return lax.convert_element_type(windowed.expose(dx, x, window, start, edge), x.dtype)
 
 
@@ -202,7 +204,9 @@ l2_pool_p = windowed.define(
 )
 l2_tangent_p = windowed.define(
     "l2_tangent",
-    lambda t, x, y, *, window, start, implementation: windowed.image_to_pooled(t, window, start, y.dtype),
+    lambda t, x, y, *, window, start, out_dtype, implementation: windowed.image_to_pooled(
+        t, window, start, out_dtype
+    ),
     xla_fun=pooling.l2_tangent,
     native=_native("l2_pool_tangent"),
 )
@@ -227,30 +231,30 @@ def _l2_jvp(
 ) -> tuple[Array, Array]:
     (x,), (t,) = primals, tangents
     y = l2_pool_p.bind(x, out_dtype=lowering.accumulator(x.dtype), **params)
-    out = _tangent(t, x, y, **params)
-    return lax.convert_element_type(y, out_dtype), lax.convert_element_type(out, out_dtype)
+    return lax.convert_element_type(y, out_dtype), _tangent(t, x, y, out_dtype=out_dtype, **params)
 
 
-def _per_norm(a: Array, y: Array) -> Array:
-    """`-a / y`, the factor that the derivative in `y` brings; 0 where `y` is 0."""
+def _per_norm(a: Array, dy: Array, y: Array) -> Array:
+    """`-a * dy / y`, which the derivative in `y` brings; 0 where `y` is 0."""
     nowhere = y == 0
-    return lax.select(nowhere, lax.full_like(y, 0), -a / lax.select(nowhere, lax.full_like(y, 1), y))
+    factor = lax.select(nowhere, lax.full_like(y, 0), -dy / lax.select(nowhere, lax.full_like(y, 1), y))
+    return lax.convert_element_type(lax.convert_element_type(a, y.dtype) * factor, a.dtype)
 
 
 ad.primitive_jvps[l2_pool_p] = _l2_jvp
 windowed.define_multilinear(
     l2_tangent_p,
     transposes={
-        0: lambda ct, t, x, y, **params: _gradient(ct, x, y, **params),
-        1: lambda ct, t, x, y, **params: _gradient(ct, t, y, **params),
+        0: lambda ct, t, x, y, *, out_dtype, **params: _gradient(ct, x, y, **params),
+        1: lambda ct, t, x, y, *, out_dtype, **params: _gradient(ct, t, y, **params),
     },
-    others={2: lambda dy, out, t, x, y, **params: out * _per_norm(dy, y)},
+    others={2: lambda dy, out, t, x, y, **params: _per_norm(out, dy, y)},
 )
 windowed.define_multilinear(
     l2_gradient_p,
     transposes={
-        0: lambda ct, g, x, y, **params: _tangent(ct, x, y, **params),
+        0: lambda ct, g, x, y, **params: _tangent(ct, x, y, out_dtype=g.aval.dtype, **params),
         1: lambda ct, g, x, y, **params: _gradient(g, ct, y, **params),
     },
-    others={2: lambda dy, out, g, x, y, **params: _gradient(g * _per_norm(dy, y), x, y, **params)},
+    others={2: lambda dy, out, g, x, y, **params: _gradient(_per_norm(g, dy, y), x, y, **params)},
 )

@@ -656,19 +656,22 @@ def _hypotenuse(a: Array, b: Array) -> Array:
 
 
 @_primitive(by_platform=True)
-def l2_tangent(t: Array, x: Array, y: Array, *, window: Window, start: int, platform: Platform) -> Array:
+def l2_tangent(
+    t: Array, x: Array, y: Array, *, window: Window, start: int, out_dtype: Any, platform: Platform
+) -> Array:
     t, image = (lax.convert_element_type(a, y.dtype) for a in (t, x))
     nowhere = lax.eq(y, lax.full_like(y, 0))
     norm = lax.select(nowhere, lax.full_like(y, 1), y)
     parts, scales = ((image,), (0,)) if x.dtype == np.float16 else _classes(image)
     sums = _sums([a * t for a in parts], window, start, platform)
     terms = (a / norm * _power(a, -scale) for a, scale in zip(sums, scales, strict=True))
-    return lax.select(nowhere, lax.full_like(y, 0), functools.reduce(lax.add, terms))
+    out = lax.select(nowhere, lax.full_like(y, 0), functools.reduce(lax.add, terms))
+    return lax.convert_element_type(out, out_dtype)
 
 
 @_primitive()
 def l2_gradient(g: Array, x: Array, y: Array, *, window: Window, start: int) -> Array:
-    image = lax.convert_element_type(x, y.dtype)
+    g, image = (lax.convert_element_type(a, y.dtype) for a in (g, x))
     zero, scale = lax.full_like(y, 0), _NORM_SCALE[np.dtype(y.dtype)]
 
     def term(served: Array, scale: int) -> Array:

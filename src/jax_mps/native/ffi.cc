@@ -220,6 +220,8 @@ constexpr char kNumber[] = "the element type must be a float or an integer of 8 
 constexpr char kFloat[] = "the element type must be a float";
 constexpr char kTap[] = "taps must be int8, int16 or int32";
 constexpr char kEqual[] = "element types must be equal";
+constexpr char kNorm[] = "the norm must have the accumulator's type";
+constexpr char kPooled[] = "pooled arrays must have the image's type or its accumulator's";
 constexpr char kShapes[] = "shapes must be equal";
 
 // ---- Handlers.
@@ -317,7 +319,7 @@ ffi::Error L2Pool(ffi::ThreadPool pool, WindowAttrs attrs, Operand x, Result y) 
   Call call(Op::kL2Pool);
   const Type type = TypeOf(x.element_type()), second = TypeOf(y->element_type());
   call.Require(IsFloat(type), kFloat);
-  call.Require(second == type || second == Accumulator(type), "the norm must have the operand's type or its accumulator's");
+  call.Require(second == type || second == Accumulator(type), kPooled);
   call.SetWindows(x.dimensions(), y->dimensions(), attrs);
   call.SetType(type, second);
   call.SetOperands({x});
@@ -327,14 +329,14 @@ ffi::Error L2Pool(ffi::ThreadPool pool, WindowAttrs attrs, Operand x, Result y) 
 
 ffi::Error L2PoolTangent(ffi::ThreadPool pool, WindowAttrs attrs, Operand t, Operand x, Operand y, Result out) {
   Call call(Op::kL2PoolTangent);
-  const Type type = TypeOf(x.element_type());
+  const Type type = TypeOf(x.element_type()), second = TypeOf(out->element_type());
   call.Require(IsFloat(type), kFloat);
   call.Require(TypeOf(t.element_type()) == type, kEqual);
-  call.Require(TypeOf(y.element_type()) == Accumulator(type) && TypeOf(out->element_type()) == Accumulator(type),
-               "norm and result must have the accumulator's type");
+  call.Require(TypeOf(y.element_type()) == Accumulator(type), kNorm);
+  call.Require(second == type || second == Accumulator(type), kPooled);
   call.Require(SameShape(t.dimensions(), x.dimensions()) && SameShape(y.dimensions(), out->dimensions()), kShapes);
   call.SetWindows(x.dimensions(), y.dimensions(), attrs);
-  call.SetType(type);
+  call.SetType(type, second);
   call.SetOperands({t, x, y});
   call.SetResult(0, out);
   return call.Run(pool);
@@ -342,14 +344,14 @@ ffi::Error L2PoolTangent(ffi::ThreadPool pool, WindowAttrs attrs, Operand t, Ope
 
 ffi::Error L2PoolGradient(ffi::ThreadPool pool, WindowAttrs attrs, Operand g, Operand x, Operand y, Result dx) {
   Call call(Op::kL2PoolGradient);
-  const Type type = TypeOf(x.element_type());
+  const Type type = TypeOf(x.element_type()), second = TypeOf(g.element_type());
   call.Require(IsFloat(type), kFloat);
   call.Require(TypeOf(dx->element_type()) == type, kEqual);
-  call.Require(TypeOf(g.element_type()) == Accumulator(type) && TypeOf(y.element_type()) == Accumulator(type),
-               "gradient and norm must have the accumulator's type");
+  call.Require(TypeOf(y.element_type()) == Accumulator(type), kNorm);
+  call.Require(second == type || second == Accumulator(type), kPooled);
   call.Require(SameShape(g.dimensions(), y.dimensions()) && SameShape(x.dimensions(), dx->dimensions()), kShapes);
   call.SetWindows(x.dimensions(), y.dimensions(), attrs);
-  call.SetType(type);
+  call.SetType(type, second);
   call.SetOperands({g, x, y});
   call.SetResult(0, dx);
   return call.Run(pool);

@@ -41,6 +41,15 @@ bool WithFloat(Type type, const Body& body) {
   }
 }
 
+// The image's type and the pooled array's, which is that or the accumulator's.
+template <class Body>
+bool WithNorm(const Problem& problem, const Body& body) {
+  return WithFloat(problem.type, [&](auto t) {
+    using T = typename decltype(t)::type;
+    return problem.second == problem.type ? body(t, t) : body(t, Tag<Acc<T>>());
+  });
+}
+
 // One type stands for all that compare alike but for a constant.
 template <class Body>
 bool WithOrder(Type type, const Body& body) {
@@ -106,14 +115,15 @@ bool Execute(const Problem& problem) {
     case Op::kAvgPoolSpread:
       return WithFloat(type, [&](auto t) { return Averaging<Spread, typename decltype(t)::type>(problem); });
     case Op::kL2Pool:
-      return WithFloat(type, [&](auto t) {
-        using T = typename decltype(t)::type;
-        return problem.second == type ? L2Pool<T, T>(problem) : L2Pool<T, Acc<T>>(problem);
-      });
+      return WithNorm(problem, [&](auto t, auto r) { return L2Pool<typename decltype(t)::type, typename decltype(r)::type>(problem); });
     case Op::kL2PoolTangent:
-      return WithFloat(type, [&](auto t) { return L2PoolTangent<typename decltype(t)::type>(problem); });
+      return WithNorm(problem, [&](auto t, auto r) {
+        return L2PoolTangent<typename decltype(t)::type, typename decltype(r)::type>(problem);
+      });
     case Op::kL2PoolGradient:
-      return WithFloat(type, [&](auto t) { return L2PoolGradient<typename decltype(t)::type>(problem); });
+      return WithNorm(problem, [&](auto t, auto g) {
+        return L2PoolGradient<typename decltype(t)::type, typename decltype(g)::type>(problem);
+      });
     case Op::kMaxUnpool:
       return WithSize(type, [&](auto t) { return MaxUnpool<typename decltype(t)::type>(problem); });
     case Op::kMaxUnpoolTake:

@@ -19,7 +19,7 @@ enum class Type { kF32, kF64, kF16, kBF16, kS8, kS16, kS32, kU8, kU16, kU32, kOt
 struct Problem {
   Op op;
   Type type;
-  Type second;  // of the taps, or of the L2 norm
+  Type second;  // of the taps, or of the norms, their tangent or their cotangent
   Geometry geometry;
   const void* operand[3];
   void* result[2];

@@ -147,7 +147,7 @@ struct ScaledNorm {
 
 // ---- The tangent: sum of x * t over the window, divided by y; 0 where y is.
 
-template <class T>
+template <class T, class R>
 struct NormTangent {
   using Element = T;
   using Wide = double;
@@ -159,7 +159,7 @@ struct NormTangent {
   const T* tangent;
   const T* source;
   const Acc<T>* norm;
-  Acc<T>* target;
+  R* target;
 
   template <int N>
   State<N> Begin(Int<N>, int64_t, int64_t) const {
@@ -187,16 +187,16 @@ struct NormTangent {
 
 // ---- The gradient: x * sum of g / y over the windows that hold the pixel; windows with y = 0 add nothing.
 
-template <class T>
+template <class T, class G, class W = double>
 struct NormGradient {
   using Element = T;
-  using Wide = double;
+  using Wide = W;
   static constexpr int kLanes = kVectorBytes / sizeof(Wide), kVectors = 8;
   static constexpr bool kBackward = true, kSeparable = true, kAlike = false;
   template <int N>
   using State = Vec<Wide, N>;
 
-  const Acc<T>* gradient;
+  const G* gradient;
   const T* source;
   const Acc<T>* norm;
   T* target;
@@ -227,11 +227,36 @@ struct NormGradient {
   }
   bool Weighted() const { return false; }
   const NormGradient& Shared() const { return *this; }
+  // Whether all quotients are zero or from 2^-120 to 2^100: no sum of them overflows, none has lost digits.
+  bool Ordinary(int64_t from, int64_t count) const {
+    bool ordinary = true;
+    Sweep<kVectorBytes / 4>(count, [&](auto lanes, auto vectors, int64_t i) __attribute__((always_inline)) {
+      constexpr int kN = decltype(lanes)::value;
+      using Flags = Vec<int32_t, kN>;
+      // Other than zero, and than the powers of two from `least` to `most`.
+      const auto strange = [](const auto* number, int least, int most) __attribute__((always_inline)) {
+        const auto magnitude = Bits<Vec<uint32_t, kN>>(Load<float, kN>(number)) & 0x7fffffff;
+        const uint32_t first = (127 + least) << 23, last = (127 + most) << 23;
+        return Bits<Flags>((magnitude - first > last - first) & (magnitude != 0));
+      };
+      Flags any = {};
+      for (int v = 0; v < decltype(vectors)::value; ++v, i += kN) {
+        any |= strange(gradient + from + i, -100, 50) | strange(norm + from + i, -50, 20);
+      }
+      for (int lane = 0; lane < kN; ++lane) ordinary &= any[lane] == 0;
+    });
+    return ordinary;
+  }
+  NormGradient<T, G, float> Narrow() const { return {gradient, source, norm, target}; }
   NormGradient Stage(const Plan& plan, const Piece& piece, Wide* row) const {
     ReduceRows(plan, piece, ToScratch<NormGradient>(*this, row));
     return *this;
   }
 };
+
+// Sums of half precision are as well in float32, which takes half of the instructions.
+template <class T, class G>
+constexpr bool kNarrows<NormGradient<T, G, double>> = kHalf<T>;
 
 template <class T, class R>
 bool L2Pool(const Problem& problem) {
@@ -240,17 +265,17 @@ bool L2Pool(const Problem& problem) {
   return Walk(problem.geometry, *problem.workers, op);
 }
 
-template <class T>
+template <class T, class R>
 bool L2PoolTangent(const Problem& problem) {
-  const NormTangent<T> op = {static_cast<const T*>(problem.operand[0]), static_cast<const T*>(problem.operand[1]),
-                             static_cast<const Acc<T>*>(problem.operand[2]), static_cast<Acc<T>*>(problem.result[0])};
+  const NormTangent<T, R> op = {static_cast<const T*>(problem.operand[0]), static_cast<const T*>(problem.operand[1]),
+                                static_cast<const Acc<T>*>(problem.operand[2]), static_cast<R*>(problem.result[0])};
   return Walk(problem.geometry, *problem.workers, op);
 }
 
-template <class T>
+template <class T, class G>
 bool L2PoolGradient(const Problem& problem) {
-  const NormGradient<T> op = {static_cast<const Acc<T>*>(problem.operand[0]), static_cast<const T*>(problem.operand[1]),
-                              static_cast<const Acc<T>*>(problem.operand[2]), static_cast<T*>(problem.result[0])};
+  const NormGradient<T, G> op = {static_cast<const G*>(problem.operand[0]), static_cast<const T*>(problem.operand[1]),
+                                 static_cast<const Acc<T>*>(problem.operand[2]), static_cast<T*>(problem.result[0])};
   const Tiles tiles(problem.geometry);
   if (tiles.possible) return FillTiles(tiles, *problem.workers, op);
   return Walk(problem.geometry, *problem.workers, op);

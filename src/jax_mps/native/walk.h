@@ -65,6 +65,10 @@ inline const Op& Direct(const Op& op) {
   return op;
 }
 
+// Whether an operation has a Narrow() one, of a narrower type, that is as good for sources that are Ordinary().
+template <class Op>
+constexpr bool kNarrows = false;
+
 // `op` comes by value: no store to the result can change a copy, so its members stay in registers.
 template <class Op>
 inline void Gather(const Op op, const Taps& taps, int64_t source, int64_t target, int64_t n) {
@@ -337,6 +341,35 @@ inline void ReduceRows(const Plan& plan, const Piece& piece, const Op& to) {
   }
 }
 
+// Whether all that a piece reads is ordinary. `sources` are those of an image: of a small one all are looked at, once, whichever
+// piece asks first, as `image` remembers.
+struct Looked {
+  int64_t image = -1;
+  bool ordinary;
+};
+
+template <class Op>
+inline bool Ordinary(const Plan& plan, const Piece& piece, int64_t image, const Op& op, Looked& looked) {
+  constexpr int64_t kSmall = 4096;
+  const int64_t sources = plan.line[0].sources() * plan.line[1].sources() * plan.line[2].sources() * plan.inner;
+  if (sources <= kSmall) {
+    if (looked.image != image) looked = {image, op.Ordinary(image * sources, sources)};
+    return looked.ordinary;
+  }
+  const Reads rows = RowsOf(plan, piece);
+  const int64_t count = piece.chunk->source_end - piece.chunk->source_begin;
+  const bool whole = plan.blocks == 1;
+  for (int64_t a = 0; a < rows.rows[0]; ++a) {
+    for (int64_t b = 0; b < rows.rows[1]; ++b) {
+      int64_t source = piece.source + a * rows.row_step[0] + b * rows.row_step[1] + piece.chunk->source_begin * plan.inner;
+      for (int64_t i = 0; i < (whole ? 1 : count); ++i, source += plan.inner) {
+        if (!op.Ordinary(source, whole ? count * plan.inner : piece.channels)) return false;
+      }
+    }
+  }
+  return true;
+}
+
 // One row at the first tap's place stands for all of them.
 inline Reads OneRow(const Reads& rows) {
   Reads one = rows;
@@ -345,8 +378,9 @@ inline Reads OneRow(const Reads& rows) {
   return one;
 }
 
+// Inlined into the loop over pieces: short rows are many.
 template <class Op>
-inline void WalkPiece(const Plan& plan, const Piece& piece, const Op& op, typename Op::Wide* scratch) {
+JAX_MPS_INLINE void WalkPiece(const Plan& plan, const Piece& piece, const Op& op, typename Op::Wide* scratch) {
   const Axis& axis = plan.line[2].axis;
   const Chunk& chunk = *piece.chunk;
   const int64_t count = chunk.source_end - chunk.source_begin;
@@ -418,8 +452,17 @@ bool Walk(const Geometry& geometry, const Workers& workers, const Op& op) {
       scratch = static_cast<Wide*>(Scratch(context.scratch));
       if (scratch == nullptr) return false;
     }
+    const Plan& plan = context.plan;
+    Looked looked;
     for (int64_t unit = begin; unit < end; ++unit) {
-      WalkPiece(context.plan, PieceAt(context.plan, unit), context.op, scratch);
+      const Piece piece = PieceAt(plan, unit);
+      if constexpr (kNarrows<Op>) {
+        if (Ordinary(plan, piece, unit / (plan.units() / plan.outer), context.op, looked)) {
+          WalkPiece(plan, piece, context.op.Narrow(), reinterpret_cast<float*>(scratch));
+          continue;
+        }
+      }
+      WalkPiece(plan, piece, context.op, scratch);
     }
     if constexpr (Op::kBackward) StreamFence();
     return true;
@@ -480,6 +523,96 @@ inline void Expand(const Tiles& tiles, Range windows, const Wide* held, Range pi
   zero(pixels.end);
 }
 
+// What every window of a piece holds, at its pixels; see FillTiles(). `row` has room for two rows of pixels and one pixel.
+template <class Op>
+inline void FillTile(const Tiles& tiles, int64_t unit, const Op& op, typename Op::Wide* row) {
+  using Wide = typename Op::Wide;
+  const Op shared = op.Shared();
+  const Axis* axis = tiles.axis;
+  const int64_t inner = tiles.inner;
+  Wide* const held = row + tiles.length * inner;
+  // Where vectors of one window fill its pixels, it needs no row.
+  const bool repeated = inner == 1 && axis[2].kernel >= kVector<Op>, direct = repeated || inner >= kVector<Op>;
+
+  const Range pixels = tiles.Pixels(unit % tiles.count), windows = tiles.Windows(pixels);
+  const int64_t window_row = unit / tiles.count, window_plane = window_row / axis[1].windows;
+  const int64_t outer = window_plane / axis[0].windows, i = window_plane % axis[0].windows, j = window_row % axis[1].windows;
+
+  const int64_t source = (window_row * axis[2].windows + windows.begin) * inner;
+  const auto share = [&](int64_t first, int64_t count, int64_t divisor) {
+    Sweep<Op::kLanes>(count, [&](auto lanes, auto vectors, int64_t n) __attribute__((always_inline)) {
+      constexpr int kN = decltype(lanes)::value;
+      n += first;
+      for (int v = 0; v < decltype(vectors)::value; ++v, n += kN) StoreRaw<kN>(held + n, op.Share(lanes, source + n, divisor));
+    });
+  };
+  if (op.Weighted()) {
+    for (int64_t w = windows.begin; w < windows.end; ++w) share((w - windows.begin) * inner, inner, tiles.Counted(i, j, w));
+  } else {
+    share(0, (windows.end - windows.begin) * inner, 1);
+  }
+  if (!direct) Expand(tiles, windows, held, pixels, row);
+
+  // To copy costs less than to convert again.
+  constexpr bool copies = Op::kAlike && kHalf<typename Op::Element>;
+  const auto copy = [&](int64_t to, int64_t from, int64_t count) {
+    __builtin_memcpy(op.target + to, op.target + from, count * sizeof(typename Op::Element));
+  };
+  const auto repeat = [&](Wide value, int64_t target, int64_t count) {
+    Sweep<kVector<Op>>(count, [&](auto lanes, auto vectors, int64_t n) __attribute__((always_inline)) {
+      constexpr int kN = decltype(lanes)::value;
+      for (int v = 0; v < decltype(vectors)::value; ++v, n += kN) shared.Finish(lanes, Broadcast<Wide, kN>(value), target + n);
+    });
+  };
+  const auto fill_line = [&](int64_t first) {
+    int64_t pixel = pixels.begin;
+    const auto give = [&](int64_t to, const Wide* value) {
+      if (to > pixels.end) to = pixels.end;
+      if (to <= pixel) return;
+      if (value == nullptr) {
+        repeat(0, (first + pixel) * inner, (to - pixel) * inner);
+      } else if (repeated) {
+        repeat(*value, first + pixel, to - pixel);
+      } else {
+        for (int64_t p = pixel; p < to; ++p) {
+          const int64_t target = (first + p) * inner;
+          if (copies && p > pixel) copy(target, target - inner, inner);
+          else FinishSums(shared, value, target, inner);
+        }
+      }
+      pixel = to;
+    };
+    for (int64_t w = windows.begin; w < windows.end; ++w) {
+      const Range covered = tiles.Covered(2, w);
+      give(covered.begin, nullptr);
+      give(covered.end, held + (w - windows.begin) * inner);
+    }
+    give(pixels.end, nullptr);
+  };
+  const Range planes = tiles.Covered(0, i), lines = tiles.Covered(1, j);
+  const Range all_planes = tiles.Period(0, i), all_lines = tiles.Period(1, j);
+  const int64_t count = (pixels.end - pixels.begin) * inner;
+  int64_t done = -1;  // a line
+  for (int64_t p = all_planes.begin; p < all_planes.end; ++p) {
+    for (int64_t q = all_lines.begin; q < all_lines.end; ++q) {
+      const int64_t first = ((outer * axis[0].size + p) * axis[1].size + q) * axis[2].size;
+      const int64_t line = (first + pixels.begin) * inner;
+      if (p >= planes.end || q >= lines.end) {
+        repeat(0, line, count);
+        continue;
+      }
+      if (copies && done >= 0) {
+        copy(line, done, count);
+      } else if (direct) {
+        fill_line(first);
+      } else {
+        FinishSums(shared, row, line, count);
+      }
+      done = line;
+    }
+  }
+}
+
 // What every window holds, at its pixels. Of the operation, Share(lanes, source, divisor) is what a pixel gets from a window,
 // Weighted() whether divisors differ, Shared() the operation that finishes it, and kAlike whether all pixels of a window are
 // the same then.
@@ -494,93 +627,18 @@ bool FillTiles(const Tiles& tiles, const Workers& workers, const Op& op) {
   const auto body = [](const void* data, int64_t begin, int64_t end) {
     const Tiles& tiles = static_cast<const Context*>(data)->tiles;
     const Op& op = static_cast<const Context*>(data)->op;
-    const Op shared = op.Shared();
-    const Axis* axis = tiles.axis;
-    const int64_t inner = tiles.inner, most = tiles.length * inner;
-    Wide* const row = static_cast<Wide*>(Scratch((2 * most + inner) * sizeof(Wide)));
+    Wide* const row = static_cast<Wide*>(Scratch((2 * tiles.length + 1) * tiles.inner * sizeof(Wide)));
     if (row == nullptr) return false;
-    Wide* const held = row + most;
-    // Where vectors of one window fill its pixels, it needs no row.
-    const bool repeated = inner == 1 && axis[2].kernel >= kVector<Op>, direct = repeated || inner >= kVector<Op>;
-
     for (int64_t unit = begin; unit < end; ++unit) {
-      const Range pixels = tiles.Pixels(unit % tiles.count), windows = tiles.Windows(pixels);
-      const int64_t window_row = unit / tiles.count, window_plane = window_row / axis[1].windows;
-      const int64_t outer = window_plane / axis[0].windows, i = window_plane % axis[0].windows, j = window_row % axis[1].windows;
-
-      const int64_t source = (window_row * axis[2].windows + windows.begin) * inner;
-      const auto share = [&](int64_t first, int64_t count, int64_t divisor) {
-        Sweep<Op::kLanes>(count, [&](auto lanes, auto vectors, int64_t n) __attribute__((always_inline)) {
-          constexpr int kN = decltype(lanes)::value;
-          n += first;
-          for (int v = 0; v < decltype(vectors)::value; ++v, n += kN) StoreRaw<kN>(held + n, op.Share(lanes, source + n, divisor));
-        });
-      };
-      if (op.Weighted()) {
-        for (int64_t w = windows.begin; w < windows.end; ++w) share((w - windows.begin) * inner, inner, tiles.Counted(i, j, w));
-      } else {
-        share(0, (windows.end - windows.begin) * inner, 1);
-      }
-      if (!direct) Expand(tiles, windows, held, pixels, row);
-
-      // To copy costs less than to convert again.
-      constexpr bool copies = Op::kAlike && kHalf<typename Op::Element>;
-      const auto copy = [&](int64_t to, int64_t from, int64_t count) {
-        __builtin_memcpy(op.target + to, op.target + from, count * sizeof(typename Op::Element));
-      };
-      const auto repeat = [&](Wide value, int64_t target, int64_t count) {
-        Sweep<kVector<Op>>(count, [&](auto lanes, auto vectors, int64_t n) __attribute__((always_inline)) {
-          constexpr int kN = decltype(lanes)::value;
-          for (int v = 0; v < decltype(vectors)::value; ++v, n += kN) shared.Finish(lanes, Broadcast<Wide, kN>(value), target + n);
-        });
-      };
-      const auto fill_line = [&](int64_t first) {
-        int64_t pixel = pixels.begin;
-        const auto give = [&](int64_t to, const Wide* value) {
-          if (to > pixels.end) to = pixels.end;
-          if (to <= pixel) return;
-          if (value == nullptr) {
-            repeat(0, (first + pixel) * inner, (to - pixel) * inner);
-          } else if (repeated) {
-            repeat(*value, first + pixel, to - pixel);
-          } else {
-            for (int64_t p = pixel; p < to; ++p) {
-              const int64_t target = (first + p) * inner;
-              if (copies && p > pixel) copy(target, target - inner, inner);
-              else FinishSums(shared, value, target, inner);
-            }
-          }
-          pixel = to;
-        };
-        for (int64_t w = windows.begin; w < windows.end; ++w) {
-          const Range covered = tiles.Covered(2, w);
-          give(covered.begin, nullptr);
-          give(covered.end, held + (w - windows.begin) * inner);
-        }
-        give(pixels.end, nullptr);
-      };
-      const Range planes = tiles.Covered(0, i), lines = tiles.Covered(1, j);
-      const Range all_planes = tiles.Period(0, i), all_lines = tiles.Period(1, j);
-      const int64_t count = (pixels.end - pixels.begin) * inner;
-      int64_t done = -1;  // a line
-      for (int64_t p = all_planes.begin; p < all_planes.end; ++p) {
-        for (int64_t q = all_lines.begin; q < all_lines.end; ++q) {
-          const int64_t first = ((outer * axis[0].size + p) * axis[1].size + q) * axis[2].size;
-          const int64_t line = (first + pixels.begin) * inner;
-          if (p >= planes.end || q >= lines.end) {
-            repeat(0, line, count);
-            continue;
-          }
-          if (copies && done >= 0) {
-            copy(line, done, count);
-          } else if (direct) {
-            fill_line(first);
-          } else {
-            FinishSums(shared, row, line, count);
-          }
-          done = line;
+      if constexpr (kNarrows<Op>) {
+        const Range windows = tiles.Windows(tiles.Pixels(unit % tiles.count));
+        const int64_t first = unit / tiles.count * tiles.axis[2].windows + windows.begin;
+        if (op.Ordinary(first * tiles.inner, (windows.end - windows.begin) * tiles.inner)) {
+          FillTile(tiles, unit, op.Narrow(), reinterpret_cast<float*>(row));
+          continue;
         }
       }
+      FillTile(tiles, unit, op, row);
     }
     StreamFence();
     return true;
