@@ -192,17 +192,24 @@ struct PutTap {
   const PutTap& At(int64_t) const { return *this; }
 };
 
-// Copies a row of windows to the middle of one that has `nothing` around it, or fills it with that.
-template <class T>
-inline void CopyRow(const T* row, T* copy, int64_t before, int64_t count, int64_t length, T nothing) {
-  if (row == nullptr) before = length;
-  for (int64_t i = 0; i < before; ++i) copy[i] = nothing;
-  if (row == nullptr) return;
-  __builtin_memcpy(copy + before, row, count * sizeof(T));
-  for (int64_t i = before + count; i < length; ++i) copy[i] = nothing;
+// As memcpy(), which for a few vectors takes longer to begin than to copy.
+inline void CopyRow(const void* row, int64_t bytes, void* copy) {
+  const auto from = static_cast<const uint8_t*>(row);
+  const auto to = static_cast<uint8_t*>(copy);
+  Sweep<kVectorBytes, 4, kVectorBytes / 2>(bytes, [&](auto lanes, auto vectors, int64_t i) __attribute__((always_inline)) {
+    constexpr int kN = decltype(lanes)::value;
+    for (int v = 0; v < decltype(vectors)::value; ++v, i += kN) StoreRaw<kN>(to + i, LoadRaw<uint8_t, kN>(from + i));
+  });
 }
 
-// A strip of planes of short rows. A window that is not there has no tap, so what it holds does not count.
+// Two vectors at a time and no more: all that it needs stays in registers.
+template <class T, class I>
+struct PutRow : PutTap<T, I> {
+  static constexpr int kVectors = 2;
+  explicit PutRow(const PutTap<T, I>& op) : PutTap<T, I>(op) {}
+};
+
+// A strip of planes of short rows.
 template <class T, class I>
 inline void PutUnit(const Strips& strips, const PutTap<T, I>& op, int64_t unit, void* scratch) {
   using Wide = Acc<T>;
@@ -223,14 +230,17 @@ inline void PutUnit(const Strips& strips, const PutTap<T, I>& op, int64_t unit, 
   T* const values = reinterpret_cast<T*>(row + width);
   I* const keys = reinterpret_cast<I*>(values + strips.copied());
   for (int64_t i = 0; i < strips.taps; ++i) offset[i] = i * line[2].source_step * inner;
+  // What a window that is not there holds does not count. But where this memory was not written, all took up to twice as long.
+  __builtin_memset(values, 0, planes.count * plane_pitch * sizeof(T));
+  __builtin_memset(keys, -1, planes.count * plane_pitch * sizeof(I));
   for (int64_t a = 0; a < planes.count; ++a) {
     const int64_t first = (outer * strips.windows[0] + planes.source + a * line[0].source_step) * strips.windows[1];
     for (int64_t r = rows.begin; r < rows.end; ++r) {
-      const int64_t i = r - strips.before[1], count = strips.windows[2] * inner, before = strips.before[2] * inner;
-      const bool there = i >= 0 && i < strips.windows[1];
-      const int64_t to = a * plane_pitch + (r - rows.begin) * pitch;
-      CopyRow(there ? op.source + (first + i) * count : nullptr, values + to, before, count, pitch, T{});
-      CopyRow(there ? op.taps + (first + i) * count : nullptr, keys + to, before, count, pitch, static_cast<I>(-1));
+      const int64_t i = r - strips.before[1], count = strips.windows[2] * inner;
+      if (i < 0 || i >= strips.windows[1]) continue;
+      const int64_t to = a * plane_pitch + (r - rows.begin) * pitch + strips.before[2] * inner;
+      CopyRow(op.source + (first + i) * count, count * sizeof(T), values + to);
+      CopyRow(op.taps + (first + i) * count, count * sizeof(I), keys + to);
     }
   }
 
@@ -261,7 +271,7 @@ inline void PutUnit(const Strips& strips, const PutTap<T, I>& op, int64_t unit, 
       const Taps list(reads);
       if (stride == 1 && width >= kLanes) {
         for (int64_t j = 0; j < count; ++j) {
-          Gather(put, list, source + j * pitch, target + (t + j * line[1].axis.stride) * width, width);
+          Gather(PutRow<T, I>(put), list, source + j * pitch, target + (t + j * line[1].axis.stride) * width, width);
         }
       } else {
         Gather(sum, list, source, phase * length, (count - 1) * pitch + targets * inner);

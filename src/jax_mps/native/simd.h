@@ -622,7 +622,7 @@ struct Order {
   }
 };
 
-// ---- Sweeping a run of n elements: `most` vectors at a time (16, 8 or 4), then eight, four and one. The last group overlaps the one
+// ---- Sweeping a run of n elements: `most` vectors at a time (16, 8, 4 or 2), then eight, four and one. The last group overlaps the one
 // before it; a run shorter than a vector takes `fewer` lanes. body(lanes, vectors, position), the first two as types.
 
 template <int N>
@@ -647,6 +647,9 @@ JAX_MPS_INLINE void Sweep(int64_t n, const Body& body) {
         }
         body(Int<N>(), Int<4>(), i);
       }
+    }
+    if constexpr (most == 2) {
+      for (; i + 2 * N <= n; i += 2 * N) body(Int<N>(), Int<2>(), i);
     }
     for (; i < n; i += N) body(Int<N>(), Int<1>(), i + N <= n ? i : n - N);
   } else if constexpr (N > 1) {
