@@ -146,7 +146,8 @@ _CHOICES = (
         _EVERYWHERE,
         lambda c: c.disjoint,
         "dot",
-        "nnunet_up, H100: forward 27/26, conv 79/77; data 30/33, conv 67/81; weights 38/28, conv 85/73",
+        "nnunet_up, H100: forward 27/26, conv 79/77; data 30/33, conv 67/81; weights 38/28, conv 85/73; "
+        "unet_up forward 55/28, conv 39/31, but with bias and relu behind them 55/28 and 61/44",
     ),
     _Choice(
         ("forward",),
