@@ -309,6 +309,24 @@ def test_l2_gradient_beyond_the_range_of_its_quotient(implementation):
     np.testing.assert_allclose(dx.ravel(), [6e9, 8e9], rtol=1e-6)
 
 
+@pytest.mark.parametrize("channels", [3, 128])
+@pytest.mark.parametrize("strides", [1, 2, 3])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_l2_gradient_with_channels_beyond_the_range_of_quotients(dtype, strides, channels, implementation):
+    """In one image a channel's quotients overflow and another's lose digits, beside ordinary ones."""
+    rng = np.random.default_rng(0)
+    x = rng.uniform(1, 2, (2, 9, 40, channels))
+    g = rng.uniform(1, 2, jax.eval_shape(lambda x: jax_mps.l2_pool(x, 3, strides=strides), x).shape)
+    x[1, ..., 1] *= 1e-30
+    g[1, ..., 1] *= 1e10
+    x[1, 3:, :, 2] *= 1e30
+    g[1, 3 // strides :, :, 2] *= 1e-12
+    x, g = (a.astype(jnp.dtype(dtype)) for a in (x, g))
+    dx = jax_mps.l2_pool_gradient(g, x, 3, strides=strides, implementation=implementation)
+    expected = oracle.l2_pool_gradient(g, x, (3, 3), strides=strides)
+    np.testing.assert_allclose(np.asarray(dx, np.float64), expected, rtol=oracle.tolerance(dtype, 9))
+
+
 # --- sums in half precision ---------------------------------------------------------------------------
 
 HALVES = ("float16", "bfloat16")
