@@ -230,7 +230,7 @@ inline void PutUnit(const Strips& strips, const PutTap<T, I>& op, int64_t unit, 
   T* const values = reinterpret_cast<T*>(row + width);
   I* const keys = reinterpret_cast<I*>(values + strips.copied());
   for (int64_t i = 0; i < strips.taps; ++i) offset[i] = i * line[2].source_step * inner;
-  // What a window that is not there holds does not count. But where this memory was not written, all took up to twice as long.
+  // What a window that is not there holds does not count. But left as other work had it, it made all of this up to twice as slow.
   __builtin_memset(values, 0, planes.count * plane_pitch * sizeof(T));
   __builtin_memset(keys, -1, planes.count * plane_pitch * sizeof(I));
   for (int64_t a = 0; a < planes.count; ++a) {
