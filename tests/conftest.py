@@ -5,14 +5,12 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import jax
 import pytest
 
-from jax_mps.lowering import ffi
+from jax_mps.lowering import library
 
 # Compiling takes most of the time of these tests, and optimising most of that. XLA reads this when it
 # compiles its first program. `.ci/versions` has everything optimised.
@@ -23,8 +21,6 @@ if "xla_backend_optimization_level" not in FLAGS:
         HASTE.append("--xla_cpu_use_fusion_emitters=false")  # half the time of most tests
     os.environ["XLA_FLAGS"] = " ".join([FLAGS, *HASTE]).lstrip()
 
-# `--import-mode=importlib` leaves this folder off the path, and tests share `oracle.py`.
-sys.path.insert(0, str(Path(__file__).parent))
 pytest.register_assert_rewrite("oracle", "flax_arrays")
 
 _IMPORTS_TORCH = re.compile(r"import .*\btorch\b")
@@ -47,7 +43,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def native() -> None:
     """Skips the test where the native library is missing; fails it where that is not allowed."""
     try:
-        status = ffi.status()
+        status = library.status()
     except RuntimeError as error:
         pytest.fail(str(error))
     if not status.available:

@@ -30,7 +30,8 @@ def placed(shape, window_shape, **arguments):
 def taps(axis):
     """Pixels that each window reads, from the definition; outside ones too."""
     return [
-        [axis.stride * i - axis.lo + axis.dilation * k for k in range(axis.kernel)] for i in range(axis.out)
+        [axis.stride * i - axis.low + axis.dilation * k for k in range(axis.taps)]
+        for i in range(axis.windows)
     ]
 
 
@@ -45,13 +46,13 @@ def test_offset_and_padding(size, kernel, stride, dilation):
         axis = Axis.from_offset(size, kernel, stride, dilation, offset, out)
         assert axis.offset == offset
         assert axis.extent == extent
-        assert axis.lo == extent // 2 - offset
+        assert axis.low == extent // 2 - offset
         first = taps(axis)[0]
         assert first[0] == offset - extent // 2
         # The smallest high padding with this many windows, and back to the number of windows.
-        assert axis.hi == (out - 1) * stride + extent - size - axis.lo
-        assert (size + axis.lo + axis.hi - extent) // stride + 1 == out
-        assert size + axis.hi == taps(axis)[-1][-1] + 1
+        assert axis.high == (out - 1) * stride + extent - size - axis.low
+        assert (size + axis.low + axis.high - extent) // stride + 1 == out
+        assert size + axis.high == taps(axis)[-1][-1] + 1
 
 
 @pytest.mark.parametrize(
@@ -91,7 +92,7 @@ def test_numbers_of_windows(size, kernel, stride, dilation, ceil_mode):
             continue
         placement = placed((1, size, 1), (kernel,), **arguments)
         (axis,) = placement.window.axes
-        assert axis.out == reference.out
+        assert axis.windows == reference.out
         assert placement.crop == ((max(-lo, 0), max(-hi, 0)),)
         assert axis.size == reference.last - reference.first
         # The same pixels, counted from the first one that is left.
@@ -110,9 +111,9 @@ def test_same_padding(size, kernel, stride, dilation):
             placed((1, size, 1), (kernel,), **arguments)
         return
     (axis,) = placed((1, size, 1), (kernel,), **arguments).window.axes
-    assert axis.out == -(-size // stride)
-    assert axis.lo == lo
-    assert axis.hi <= hi
+    assert axis.windows == -(-size // stride)
+    assert axis.low == lo
+    assert axis.high <= hi
 
 
 @pytest.mark.parametrize(("size", "kernel", "stride", "dilation"), GRID)
@@ -123,7 +124,7 @@ def test_counts_and_windows_without_a_tap(size, kernel, stride, dilation):
         assert list(axis.windows_without_tap()) == [i for i, n in enumerate(inside) if n == 0]
         for band in ((0, 0), (1, 0), (2, 3)):
             expected = [sum(-band[0] <= t < size + band[1] for t in window) for window in taps(axis)]
-            assert list(axis.counts(*band)) == expected
+            assert list(axis.counted_taps(*band)) == expected
         assert axis.overlaps_padding() == any(
             not 0 <= t < size for window in taps(axis) for t in (window[0], window[-1])
         )
@@ -164,7 +165,7 @@ def test_windows_of_several_axes():
     assert (window.rank, window.taps) == (3, 6)
     assert window.kernel == (3, 2, 1)
     assert window.sizes == (7, 9, 4)
-    assert window.outs == (3, 8, 1)
+    assert window.counts == (3, 8, 1)
     assert window.is_static()
     assert window.overlaps_padding()
 
@@ -223,12 +224,12 @@ def test_symbolic_sizes(kernel, stride, dilation, padding, ceil_mode):
 
     for size in (8, 9, 10, 11, 23):
         (static,) = placed((1, size, 1), (kernel,), **arguments).window.axes
-        assert (at(axis.size, size), at(axis.lo, size), at(axis.out, size)) == (
+        assert (at(axis.size, size), at(axis.low, size), at(axis.windows, size)) == (
             static.size,
-            static.lo,
-            static.out,
+            static.low,
+            static.windows,
         )
-        assert at(axis.hi, size) == static.hi
+        assert at(axis.high, size) == static.high
 
 
 def test_symbolic_sizes_stay_open():

@@ -1,0 +1,36 @@
+"""The command line: `python -m jax_mps [info | demo | bench | lower]`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from jax_mps.cli import info, lower
+from jax_mps.cli.bench import command as bench
+from jax_mps.cli.demo import command as demo
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command and returns its exit status: 0 for success, 1 for a failed check, 2 for wrong use."""
+    parser = argparse.ArgumentParser(
+        prog="python -m jax_mps",
+        description="Pooling and transposed convolution for JAX with the meaning of Apple's MPS CNN kernels.",
+    )
+    commands = parser.add_subparsers(metavar="command")
+    for name, module, summary in (
+        ("info", info, "versions, devices, and which path serves each platform"),
+        ("demo", demo, "train two small networks with these layers, check their gradients, draw a picture"),
+        ("bench", bench, "time the named shapes beside stock JAX and PyTorch"),
+        ("lower", lower, "print the program of an operation on a platform; check it for Apple's plugins"),
+    ):
+        command = commands.add_parser(name, help=summary, description=module.__doc__)
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    parser.set_defaults(run=info.run, require_native=False)
+    options = parser.parse_args(arguments)
+    return int(options.run(options))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

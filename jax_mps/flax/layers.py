@@ -1,0 +1,364 @@
+"""What `jax_mps.flax.linen` and `jax_mps.flax.nnx` share: Flax's pooling functions, and the transposed layer.
+
+Defaults and meaning are Flax's. Beyond its arguments there are keyword arguments with those of `jax_mps`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, overload
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike
+
+import jax_mps
+from jax_mps import conventions, geometry
+from jax_mps.geometry import Ints, Padding
+from jax_mps.ops.max_pooling import max_unpool
+from jax_mps.ops.operands import FLOATS, INTEGERS, array
+
+__all__ = ["avg_pool", "l2_pool", "max_pool", "max_unpool", "min_pool"]
+
+PaddingConvention = Literal["flax", "torch"]
+
+# --- pooling ------------------------------------------------------------------------------------------
+
+
+@overload
+def max_pool(
+    inputs: ArrayLike,
+    window_shape: Ints,
+    strides: Ints | None = ...,
+    padding: Padding = ...,
+    *,
+    window_dilation: Ints = ...,
+    ceil_mode: bool = ...,
+    return_indices: Literal[False] = ...,
+    implementation: str | None = ...,
+) -> jax.Array: ...
+@overload
+def max_pool(
+    inputs: ArrayLike,
+    window_shape: Ints,
+    strides: Ints | None = ...,
+    padding: Padding = ...,
+    *,
+    window_dilation: Ints = ...,
+    ceil_mode: bool = ...,
+    return_indices: Literal[True],
+    implementation: str | None = ...,
+) -> tuple[jax.Array, jax.Array]: ...
+def max_pool(
+    inputs: ArrayLike,
+    window_shape: Ints,
+    strides: Ints | None = None,
+    padding: Padding = "VALID",
+    *,
+    window_dilation: Ints = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+    implementation: str | None = None,
+) -> Any:
+    """Flax's `max_pool`: the maximum of every window.
+
+    As `jax_mps.max_pool`, with Flax's default of 1 for `strides`. Unlike Flax it takes windows as lists and
+    ints too, pads of arrays with any number of batch axes, and dilated windows; it refuses a window that has
+    no tap in the image, where Flax gives -inf.
+
+    Args:
+      inputs: array of shape `(*batch, *spatial, channels)`, of any dtype of `jax_mps.max_pool`.
+      window_shape: taps of a window along each spatial axis.
+      strides: pixels from one window to the next; None is 1, not the size of the window.
+      padding: "VALID", "SAME", an int for all sides, or a `(low, high)` pair for each spatial axis.
+      window_dilation: pixels from one tap to the next.
+      ceil_mode: rounds the number of windows up as PyTorch does.
+      return_indices: also return where the maxima are, for `max_unpool`.
+      implementation: None chooses; "native" or "xla" forces a path.
+
+    Returns:
+      The pooled array, of the type of `inputs`; with `return_indices` a pair of it and the int32 positions.
+
+    Raises:
+      TypeError: an argument has the wrong type or an unsupported dtype.
+      ValueError: as for `jax_mps.max_pool`.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jax_mps.flax import linen as nn
+      >>> x = jnp.array([1., 5., 2., 4., 4., 3.]).reshape(1, 6, 1)
+      >>> nn.max_pool(x, (2,), strides=(2,)).ravel()
+      Array([5., 4., 4.], dtype=float32)
+      >>> nn.max_pool(x, (2,)).ravel()
+      Array([5., 5., 4., 4., 4.], dtype=float32)
+    """
+    return jax_mps.max_pool(  # type: ignore[misc, call-overload]
+        array("inputs", inputs, FLOATS + INTEGERS),
+        window_shape,
+        strides=1 if strides is None else strides,
+        padding=padding,
+        window_dilation=window_dilation,
+        ceil_mode=ceil_mode,
+        return_indices=return_indices,
+        implementation=implementation,
+    )
+
+
+def min_pool(
+    inputs: ArrayLike,
+    window_shape: Ints,
+    strides: Ints | None = None,
+    padding: Padding = "VALID",
+    *,
+    window_dilation: Ints = 1,
+    ceil_mode: bool = False,
+    implementation: str | None = None,
+) -> jax.Array:
+    """Flax's `min_pool`: the minimum of every window.
+
+    The first of several equal minima gets the gradient; NaN is the minimum of its window.
+
+    Args:
+      inputs: as for `max_pool`, and so are the arguments that follow.
+      window_shape: taps of a window along each spatial axis.
+      strides: pixels from one window to the next; None is 1.
+      padding: "VALID", "SAME", an int, or pairs.
+      window_dilation: pixels from one tap to the next.
+      ceil_mode: rounds the number of windows up as PyTorch does.
+      implementation: None chooses; "native" or "xla" forces a path.
+
+    Returns:
+      The pooled array, of the type of `inputs`.
+
+    Raises:
+      TypeError: an argument has the wrong type or an unsupported dtype.
+      ValueError: as for `max_pool`.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jax_mps.flax import linen as nn
+      >>> x = jnp.array([1., 5., 2., 4., 4., 3.]).reshape(1, 6, 1)
+      >>> nn.min_pool(x, (2,), strides=(2,)).ravel()
+      Array([1., 2., 3.], dtype=float32)
+    """
+    x = array("inputs", inputs, FLOATS + INTEGERS)
+    # The complement turns the order of integers round as the negative does, and never overflows.
+    reverse = lax.neg if jnp.issubdtype(x.dtype, jnp.floating) else lax.bitwise_not
+    return reverse(
+        max_pool(
+            reverse(x),
+            window_shape,
+            strides,
+            padding,
+            window_dilation=window_dilation,
+            ceil_mode=ceil_mode,
+            implementation=implementation,
+        )
+    )
+
+
+def avg_pool(
+    inputs: ArrayLike,
+    window_shape: Ints,
+    strides: Ints | None = None,
+    padding: Padding = "VALID",
+    count_include_pad: bool = True,
+    *,
+    window_dilation: Ints = 1,
+    ceil_mode: bool = False,
+    divisor_override: int | None = None,
+    implementation: str | None = None,
+) -> jax.Array:
+    """Flax's `avg_pool`: the average of every window.
+
+    As `jax_mps.avg_pool`, with Flax's default of 1 for `strides`. Where it differs from Flax, Flax is wrong:
+    half precision is summed in float32 and does not saturate, the result always has the type of `inputs`,
+    and `count_include_pad=False` compiles no sum over ones.
+
+    Args:
+      inputs: array of shape `(*batch, *spatial, channels)`; float32, float64, float16 or bfloat16, or
+        integers, whose average is a float.
+      window_shape: taps of a window along each spatial axis.
+      strides: pixels from one window to the next; None is 1, not the size of the window.
+      padding: "VALID", "SAME", an int for all sides, or a `(low, high)` pair for each spatial axis.
+      count_include_pad: whether taps in the padding count in the divisor.
+      window_dilation: pixels from one tap to the next.
+      ceil_mode: rounds the number of windows up as PyTorch does.
+      divisor_override: what to divide by instead of the number of taps.
+      implementation: None chooses; "native" or "xla" forces a path.
+
+    Returns:
+      The pooled array, of the type of `inputs` if that is a float.
+
+    Raises:
+      TypeError: an argument has the wrong type or an unsupported dtype.
+      ValueError: as for `jax_mps.avg_pool`.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jax_mps.flax import linen as nn
+      >>> x = jnp.array([6., 12., 18., 24.]).reshape(1, 4, 1)
+      >>> nn.avg_pool(x, (2,), strides=(2,)).ravel()
+      Array([ 9., 21.], dtype=float32)
+      >>> nn.avg_pool(x, (3,), padding="SAME", count_include_pad=False).ravel()
+      Array([ 9., 12., 18., 21.], dtype=float32)
+    """
+    x = array("inputs", inputs, FLOATS + INTEGERS)
+    return jax_mps.avg_pool(
+        x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(float),
+        window_shape,
+        strides=1 if strides is None else strides,
+        padding=padding,
+        window_dilation=window_dilation,
+        count_include_pad=count_include_pad,
+        ceil_mode=ceil_mode,
+        divisor_override=divisor_override,
+        implementation=implementation,
+    )
+
+
+def l2_pool(
+    inputs: ArrayLike,
+    window_shape: Ints,
+    strides: Ints | None = None,
+    padding: Padding = "VALID",
+    *,
+    window_dilation: Ints = 1,
+    ceil_mode: bool = False,
+    implementation: str | None = None,
+) -> jax.Array:
+    """The Euclidean norm of every window: `jax_mps.l2_pool` with the signature of Flax's `max_pool`.
+
+    Args:
+      inputs: array of shape `(*batch, *spatial, channels)`; float32, float64, float16 or bfloat16.
+      window_shape: as for `max_pool`, and so are the arguments that follow.
+      strides: pixels from one window to the next; None is 1.
+      padding: "VALID", "SAME", an int, or pairs.
+      window_dilation: pixels from one tap to the next.
+      ceil_mode: rounds the number of windows up as PyTorch does.
+      implementation: None chooses; "native" or "xla" forces a path.
+
+    Returns:
+      The pooled array, of the type of `inputs`. Its gradient at a window of zeros is 0.
+
+    Raises:
+      TypeError: an argument has the wrong type or an unsupported dtype.
+      ValueError: as for `jax_mps.l2_pool`.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jax_mps.flax import linen as nn
+      >>> x = jnp.array([3., 4., 0., 0.]).reshape(1, 4, 1)
+      >>> nn.l2_pool(x, (2,), strides=(2,)).ravel()
+      Array([5., 0.], dtype=float32)
+    """
+    return jax_mps.l2_pool(
+        array("inputs", inputs, FLOATS),
+        window_shape,
+        strides=1 if strides is None else strides,
+        padding=padding,
+        window_dilation=window_dilation,
+        ceil_mode=ceil_mode,
+        implementation=implementation,
+    )
+
+
+# --- the transposed convolution of a layer ------------------------------------------------------------
+
+
+def kernel_shape(layer: Any, inputs: int, outputs: int) -> tuple[int, ...]:
+    """The shape of the kernel of a layer with so many channels."""
+    window = _window(layer)
+    groups = geometry.integer("groups", layer.groups)
+    if groups < 1 or inputs % groups or outputs % groups:
+        raise ValueError(
+            f"groups must be at least 1 and divide the {inputs} channels of the inputs and the {outputs} "
+            f"features, got {groups}"
+        )
+    if layer.transpose_kernel:
+        return (*window, outputs // groups, inputs)
+    return (*window, inputs // groups, outputs)
+
+
+def masked(layer: Any, kernel: jax.Array) -> jax.Array:
+    """The kernel times the layer's mask."""
+    if layer.mask is None:
+        return kernel
+    if layer.mask.shape != kernel.shape:
+        raise ValueError(f"mask must have the shape of the kernel, {kernel.shape}, got {layer.mask.shape}")
+    return kernel * layer.mask
+
+
+def transposed(layer: Any, inputs: jax.Array, kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
+    """The transposed convolution that the attributes of the layer describe, of promoted arrays."""
+    window = _window(layer)
+    options: dict[str, Any] = {
+        "strides": 1 if layer.strides is None else layer.strides,
+        "kernel_dilation": 1 if layer.kernel_dilation is None else layer.kernel_dilation,
+    }
+    circular = isinstance(layer.padding, str) and layer.padding.upper() == "CIRCULAR"
+    y = jax_mps.conv_transpose(
+        array("inputs", inputs, FLOATS),
+        kernel,
+        padding=_cut(layer, window, options),
+        output_padding=layer.output_padding,
+        groups=layer.groups,
+        transpose_kernel=layer.transpose_kernel,
+        precision=layer.precision,
+        preferred_element_type=layer.preferred_element_type,
+        implementation=layer.implementation,
+        **options,
+    )
+    if circular:
+        strides = geometry.per_axis("strides", geometry.freeze("strides", options["strides"]), len(window))
+        for axis, stride in enumerate(strides, inputs.ndim - len(window) - 1):
+            period = inputs.shape[axis] * stride
+            y = _wrap(y, axis, period, odd_pixel_first=not layer.transpose_kernel)
+    return y if bias is None else y + jnp.expand_dims(bias.astype(y.dtype), range(y.ndim - 1))
+
+
+def _window(layer: Any) -> tuple[int, ...]:
+    return (layer.kernel_size,) if isinstance(layer.kernel_size, int) else tuple(layer.kernel_size)
+
+
+def _cut(layer: Any, window: tuple[int, ...], options: dict[str, Any]) -> Any:
+    """The layer's padding as `jax_mps.conv_transpose` takes it."""
+    padding = layer.padding
+    if layer.padding_convention not in ("flax", "torch"):
+        raise ValueError(f"padding_convention must be 'flax' or 'torch', got {layer.padding_convention!r}")
+    if isinstance(padding, str):
+        if layer.padding_convention == "torch":
+            raise ValueError(
+                f"padding must be an int, or ints or pairs for the {len(window)} spatial axes, with "
+                f"padding_convention='torch', got {padding!r}"
+            )
+        name = padding.upper()
+        if name not in ("SAME", "VALID", "CIRCULAR"):
+            raise ValueError(
+                f"padding must be 'SAME', 'VALID', 'CIRCULAR', an int, ints or pairs, got {name!r}"
+            )
+        if name != "VALID" and layer.output_padding != 0:
+            raise ValueError(
+                f"output_padding must be 0 with padding={name!r}, which already fixes the output size, "
+                f"got {layer.output_padding}"
+            )
+        padding = "VALID" if name == "CIRCULAR" else name
+    elif isinstance(padding, Sequence):
+        padding = tuple(p if isinstance(p, Sequence) else (p, p) for p in padding)
+    if layer.padding_convention == "torch":
+        return padding
+    return conventions.padding_from_flax(padding, window, **options)
+
+
+def _wrap(y: jax.Array, axis: int, period: Any, *, odd_pixel_first: bool) -> jax.Array:
+    """Adds up what lies whole periods apart, around the middle of the axis.
+
+    `y` grows by zeros on both sides to an odd number of periods, the middle one being the result.
+    """
+    missing = -(y.shape[axis] - period) % (2 * period)
+    less, more = missing // 2, missing - missing // 2
+    pads = [(0, 0)] * y.ndim
+    pads[axis] = (more, less) if odd_pixel_first else (less, more)
+    y = jnp.pad(y, pads)
+    return y.reshape(*y.shape[:axis], -1, period, *y.shape[axis + 1 :]).sum(axis)

@@ -1,0 +1,561 @@
+"""Windows on an axis, as integers: where they lie, what they read, how many there are.
+
+Nothing here touches an array. Every axis is described alone, because every rule of a window is
+separable. Window `i` of an axis has the taps
+
+    t_k(i) = stride * i - low + dilation * k,        k = 0 .. taps - 1,
+
+and a tap outside `0 <= t < size` lies in the padding. Sizes and paddings may be symbolic dimensions
+(`jax.export`); kernels, strides and dilations are always plain integers.
+
+A transposed convolution has the same windows, of the ordinary convolution that it transposes: its operand
+holds one pixel a window, its result is the image.
+
+Apple's pooling kernels describe the same windows by the *centre* of the first one (`offset`), and its
+transposed convolution by a total offset in the image with zeros between its pixels. The conversions are
+`Axis.from_offset`, `Axis.offset`, `Axis.from_total_offset` and `Axis.total_offset`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import operator
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from jax_mps import _compat
+
+Dim = Any
+"""An axis length: an `int`, or a symbolic dimension while exporting."""
+
+Ints = int | Sequence[int]
+"""One int for all spatial axes, or one for each."""
+
+Padding = str | int | Sequence[Sequence[int]]
+"""A string, "VALID" or "SAME"; an int for all sides; or a `(low, high)` pair for each spatial axis."""
+
+DataFormat = Literal["channels_last", "channels_first"]
+"""Whether the channel axis is the last one, or the one before the spatial axes."""
+
+Edge = Literal["exclude", "zero", "clamp"]
+"""What a tap outside the image reads: nothing; the value 0; the nearest pixel of the image."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Axis:
+    """The windows along one axis.
+
+    Attributes:
+      size: pixels of the image.
+      taps: of a window.
+      stride: pixels from one window to the next.
+      dilation: pixels from one tap to the next.
+      low: pixels by which the first window starts before the image (negative: after its first pixel).
+      windows: how many there are.
+    """
+
+    size: Dim
+    taps: int
+    stride: int
+    dilation: int
+    low: Dim
+    windows: Dim
+
+    @property
+    def extent(self) -> int:
+        """Pixels from the first to the last tap of a window, both included."""
+        return (self.taps - 1) * self.dilation + 1
+
+    @property
+    def high(self) -> Dim:
+        """Pixels by which the last window ends after the image (negative: pixels no window reaches)."""
+        return (self.windows - 1) * self.stride + self.extent - self.low - self.size
+
+    @property
+    def offset(self) -> Dim:
+        """Apple's offset: the pixel under the centre of the first window; an even extent leans left."""
+        return self.extent // 2 - self.low
+
+    @classmethod
+    def from_offset(cls, size: Dim, kernel: int, stride: int, dilation: int, offset: int, out: int) -> Axis:
+        """The axis of an MPS kernel, whose first window is centred at the pixel `offset`."""
+        extent = (kernel - 1) * dilation + 1
+        return cls(size, kernel, stride, dilation, extent // 2 - offset, out)
+
+    @property
+    def total_offset(self) -> Dim:
+        """Apple's total offset of a transposed convolution, `offset * stride + kernel_offset`."""
+        return self.low + self.extent // 2 - (self.extent - 1)
+
+    @classmethod
+    def from_total_offset(
+        cls, length: Dim, kernel: int, stride: int, dilation: int, total: int, size: int
+    ) -> Axis:
+        """The axis of an MPS transposed convolution of `length` pixels to `size` pixels.
+
+        Its kernel is centred, for pixel 0 of the result, at the pixel `total` of the source with
+        `stride - 1` zeros between its pixels.
+        """
+        extent = (kernel - 1) * dilation + 1
+        return cls(size, kernel, stride, dilation, total - extent // 2 + extent - 1, length)
+
+    def select(self, first: int, count: int) -> Axis:
+        """Only the windows `first .. first + count - 1`."""
+        return dataclasses.replace(self, low=self.low - self.stride * first, windows=count)
+
+    def cropped(self, before: Dim, after: Dim) -> Axis:
+        """The same windows after `before` and `after` pixels have been cut off the image."""
+        return dataclasses.replace(self, size=self.size - before - after, low=self.low + before)
+
+    def enclosed(self) -> tuple[Axis, Dim, Dim]:
+        """The same windows on an image grown until they all lie inside it, and by how much it grew."""
+        before, after = at_least_zero(self.low), at_least_zero(self.high)
+        return self.cropped(-before, -after), before, after
+
+    def windows_without_tap(self) -> np.ndarray:
+        """The numbers of the windows all of whose taps lie in the padding."""
+        if not self.is_static() or not self.overlaps_padding():
+            return np.zeros(0, np.int64)
+        first = self.stride * np.arange(self.windows) - self.low
+        lowest = np.maximum(-(first // self.dilation), 0)
+        highest = np.minimum((self.size - 1 - first) // self.dilation, self.taps - 1)
+        return np.flatnonzero(lowest > highest)
+
+    def _pixels_of_taps(self) -> np.ndarray:
+        """Where every tap of every window lies: `(windows, taps)`."""
+        first = self.stride * np.arange(self.windows) - self.low
+        return first[:, None] + self.dilation * np.arange(self.taps)
+
+    def counted_taps(self, low: int, high: int) -> np.ndarray:
+        """For every window, how many taps lie in the image or in a band of `low`, `high` pixels around it."""
+        taps = self._pixels_of_taps()
+        return np.count_nonzero((taps >= -low) & (taps < self.size + high), axis=1)
+
+    def pixels_read(self, edge: Edge) -> np.ndarray:
+        """For every pixel of the image, whether a tap of some window reads it."""
+        taps = self._pixels_of_taps()
+        if edge == "clamp":
+            taps = np.clip(taps, 0, self.size - 1)
+        read = np.zeros(self.size, bool)
+        read[taps[(taps >= 0) & (taps < self.size)]] = True
+        return read
+
+    def is_static(self) -> bool:
+        return all(isinstance(d, int) for d in (self.size, self.low, self.windows))
+
+    def overlaps_padding(self) -> bool:
+        """Whether some tap may lie in the padding; true where a symbolic size leaves it open."""
+        return not (surely_below(self.low, 1) and surely_below(self.high, 1))
+
+
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """The windows over all spatial axes, outermost axis first."""
+
+    axes: tuple[Axis, ...]
+
+    @property
+    def rank(self) -> int:
+        return len(self.axes)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Taps along each axis."""
+        return tuple(a.taps for a in self.axes)
+
+    @property
+    def sizes(self) -> tuple[Dim, ...]:
+        """Spatial shape of the image."""
+        return tuple(a.size for a in self.axes)
+
+    @property
+    def counts(self) -> tuple[Dim, ...]:
+        """Spatial shape of the pooled array."""
+        return tuple(a.windows for a in self.axes)
+
+    @functools.cached_property
+    def taps(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def tap_dtype(self) -> np.dtype[Any]:
+        """The narrowest signed integer that numbers every tap (Apple plugins have no unsigned ones)."""
+        bound = {np.int8: 2**7, np.int16: 2**15, np.int32: 2**31}
+        return np.dtype(next(t for t, limit in bound.items() if self.taps <= limit))
+
+    def is_static(self) -> bool:
+        return all(a.is_static() for a in self.axes)
+
+    def overlaps_padding(self) -> bool:
+        return any(a.overlaps_padding() for a in self.axes)
+
+
+Band = tuple[tuple[Dim, Dim], ...]
+
+
+class Divisor(NamedTuple):
+    """What an average divides by.
+
+    A window's sum is divided by `number`; or, where that is 0, by the number of its taps that lie in
+    the image or in a band of `band[axis] = (lo, hi)` pixels around it, counted axis by axis. A window
+    with no such tap averages to 0.
+    """
+
+    number: int
+    band: Band
+
+
+class Placement(NamedTuple):
+    """A pooling call in integers: its windows, where the spatial axes start, what is cropped first."""
+
+    window: Window
+    start: int
+    crop: tuple[tuple[Dim, Dim], ...]
+    pads: tuple[tuple[Dim, Dim], ...]
+
+
+# --- from the arguments of a call to a placement ------------------------------------------------------
+
+
+def place(
+    shape: Sequence[Dim],
+    window_shape: Ints,
+    strides: Ints,
+    padding: Padding,
+    window_dilation: Ints,
+    ceil_mode: bool,
+    data_format: str,
+) -> Placement:
+    """Checks the arguments of a pooling call on an array of `shape` and places its windows.
+
+    A string pads as `lax.padtype_to_pads` does. `ceil_mode` is PyTorch's: the number of windows is
+    rounded up, but a window that would start behind the image and its left padding is dropped.
+    """
+    window_shape, strides = freeze("window_shape", window_shape), freeze("strides", strides)
+    window_dilation, padding = freeze("window_dilation", window_dilation), freeze_padding(padding)
+    flag("ceil_mode", ceil_mode)
+    arguments = (window_shape, strides, padding, window_dilation, bool(ceil_mode), data_format)
+    if all(isinstance(d, int) for d in shape):
+        return _place_static(tuple(shape), *arguments)
+    return _place(tuple(shape), *arguments)
+
+
+def _place(
+    shape: tuple[Dim, ...],
+    window_shape: int | tuple[int, ...],
+    strides: int | tuple[int, ...],
+    padding: str | int | tuple[tuple[int, int], ...],
+    window_dilation: int | tuple[int, ...],
+    ceil_mode: bool,
+    data_format: str,
+) -> Placement:
+    rank = spatial_rank(
+        len(shape), window_shape=window_shape, strides=strides, window_dilation=window_dilation
+    )
+    start = spatial_start(len(shape), rank, data_format)
+    sizes = shape[start : start + rank]
+    kernel = per_axis("window_shape", window_shape, rank)
+    stride = per_axis("strides", strides, rank)
+    dilation = per_axis("window_dilation", window_dilation, rank)
+    pads = _pads(padding, sizes, kernel, stride, dilation, ceil_mode)
+
+    axes, crop = [], []
+    for i, (size, k, s, d, (lo, hi)) in enumerate(zip(sizes, kernel, stride, dilation, pads, strict=True)):
+        extent = (k - 1) * d + 1
+        space = size + lo + hi - extent
+        out = space // s + 1
+        if ceil_mode:
+            out = -(-space // s) + 1
+            # PyTorch: the last window has to start inside the image or its left padding.
+            behind = -(-(size + lo) // s)
+            out = min(out, behind) if isinstance(out, int) else _compat.min_dim(out, behind)
+        if surely_below(out, 1):
+            raise ValueError(
+                f"window_shape={kernel[i]} with window_dilation={d} spans {extent} pixels, more than the "
+                f"{size + lo + hi} of spatial axis {i} (size {size}, padding {(lo, hi)}): "
+                "the output size would be below 1"
+            )
+        cut = (at_least_zero(-lo), at_least_zero(-hi))
+        axis = Axis(size, k, s, d, lo, out).cropped(*cut)
+        empty = axis.windows_without_tap()
+        if empty.size:
+            raise ValueError(
+                f"padding={(lo, hi)} of spatial axis {i} leaves window {empty[0]} without a valid tap "
+                f"(size {size}, window_shape {k}, strides {s}, window_dilation {d}): "
+                "every window must read at least one pixel of the image"
+            )
+        axes.append(axis)
+        crop.append(cut)
+    return Placement(Window(tuple(axes)), start, tuple(crop), pads)
+
+
+# Eager calls repeat the same few geometries; symbolic sizes are not worth keeping.
+_place_static = functools.lru_cache(maxsize=1024)(_place)
+
+
+class TransposedPlacement(NamedTuple):
+    """A transposed convolution in integers: its windows, and where the spatial axes start."""
+
+    window: Window
+    start: int
+
+
+def place_transposed(
+    shape: Sequence[Dim],
+    kernel: tuple[int, ...],
+    strides: Ints,
+    padding: Padding,
+    output_padding: Ints,
+    kernel_dilation: Ints,
+    data_format: str,
+) -> TransposedPlacement:
+    """Checks the arguments of a transposed convolution of an array of `shape` and places its windows.
+
+    `padding` is that of the ordinary convolution, of the result to the operand. Of the sizes that this
+    convolution takes to the operand's, the result has the least plus `output_padding`, or with "SAME" the
+    greatest, `length * stride`.
+    """
+    arguments = (
+        kernel,
+        freeze("strides", strides),
+        freeze_padding(padding),
+        freeze("output_padding", output_padding),
+        freeze("kernel_dilation", kernel_dilation),
+        data_format,
+    )
+    if all(isinstance(d, int) for d in shape):
+        return _place_transposed_static(tuple(shape), *arguments)
+    return _place_transposed(tuple(shape), *arguments)
+
+
+def _place_transposed(
+    shape: tuple[Dim, ...],
+    kernel: tuple[int, ...],
+    strides: int | tuple[int, ...],
+    padding: str | int | tuple[tuple[int, int], ...],
+    output_padding: int | tuple[int, ...],
+    kernel_dilation: int | tuple[int, ...],
+    data_format: str,
+) -> TransposedPlacement:
+    rank = len(kernel)
+    per_axis("kernel", kernel, rank)
+    stride = per_axis("strides", strides, rank)
+    dilation = per_axis("kernel_dilation", kernel_dilation, rank)
+    more = per_axis("output_padding", output_padding, rank, least=0)
+    if len(shape) < rank + 1:
+        raise ValueError(
+            f"a kernel with {rank} spatial axes needs an array with as many and a channel axis, "
+            f"got one of shape {shape}"
+        )
+    start = spatial_start(len(shape), rank, data_format)
+    lengths = shape[start : start + rank]
+    if any(surely_below(n, 1) for n in lengths):
+        raise ValueError(f"every spatial axis needs at least one pixel, got sizes {tuple(lengths)}")
+    if isinstance(padding, str) and padding.upper() == "SAME" and any(more):
+        raise ValueError(
+            f"output_padding must be 0 with padding='SAME', which already fixes the output size, "
+            f"got {output_padding}"
+        )
+    for i, (op, s, d) in enumerate(zip(more, stride, dilation, strict=True)):
+        if op >= max(s, d):
+            raise ValueError(
+                f"output_padding must be 0 to {max(s, d) - 1} on spatial axis {i}, below the greater of "
+                f"strides ({s}) and kernel_dilation ({d}), got {op}"
+            )
+    pads = transposed_pads(padding, kernel, stride, dilation)
+    axes = []
+    for i, (n, k, s, d, (lo, hi), op) in enumerate(
+        zip(lengths, kernel, stride, dilation, pads, more, strict=True)
+    ):
+        extent = (k - 1) * d + 1
+        size = (n - 1) * s + extent - lo - hi + op
+        if surely_below(size, 1):
+            raise ValueError(
+                f"padding={(lo, hi)} of spatial axis {i} leaves nothing of the {(n - 1) * s + extent + op} "
+                f"pixels that {n} windows of {extent} pixels reach with strides {s} and output_padding "
+                f"{op}: the output size would be below 1"
+            )
+        axes.append(Axis(size, k, s, d, lo, n))
+    return TransposedPlacement(Window(tuple(axes)), start)
+
+
+_place_transposed_static = functools.lru_cache(maxsize=1024)(_place_transposed)
+
+
+def divisor(
+    placement: Placement, *, count_include_pad: bool, ceil_mode: bool, override: int | None
+) -> Divisor:
+    """PyTorch's divisor: taps in the image, and in its padding if that counts, never in ceil's overhang."""
+    window = placement.window
+    if override is not None:
+        number = integer("divisor_override", override)
+        if number == 0:
+            raise ValueError("divisor_override must not be 0, got 0")
+        return Divisor(number, ())
+    if not window.overlaps_padding() or (count_include_pad and not ceil_mode):
+        return Divisor(window.taps, ())
+    if not count_include_pad:
+        return Divisor(0, ((0, 0),) * window.rank)
+    return Divisor(0, tuple((at_least_zero(lo), at_least_zero(hi)) for lo, hi in placement.pads))
+
+
+def transposed_pads(
+    padding: str | int | tuple[tuple[int, int], ...],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+) -> tuple[tuple[int, int], ...]:
+    """The padding of a transposed convolution as pairs; "SAME" makes it `strides` times as large."""
+    if isinstance(padding, str) and padding.upper() == "SAME":
+        totals = [(k - 1) * d + 1 - s for k, s, d in zip(kernel, stride, dilation, strict=True)]
+        return tuple((max(total, 0) // 2, total - max(total, 0) // 2) for total in totals)
+    return _pads(padding, (1,) * len(kernel), kernel, stride, dilation, False)
+
+
+def spatial_rank(ndim: int, **arguments: int | tuple[int, ...]) -> int:
+    """How many spatial axes a call has: the length of any tuple given, else one batch axis is assumed."""
+    lengths = {name: len(value) for name, value in arguments.items() if isinstance(value, tuple)}
+    name, first = next(iter(arguments.items()))
+    if not lengths:
+        if not 3 <= ndim <= 5:
+            raise ValueError(
+                f"{name}={first} as an int needs an array of one batch axis, 1 to 3 spatial axes and one "
+                f"channel axis, got {ndim} axes: give {name} as a tuple, one int for each spatial axis"
+            )
+        return ndim - 2
+    name, rank = next(iter(lengths.items()))
+    for other, length in lengths.items():
+        if length != rank:
+            raise ValueError(f"{other} has length {length}, but {name} has length {rank}: they must agree")
+    if not 1 <= rank <= 3:
+        raise ValueError(f"{name} must name 1 to 3 spatial axes, got {rank}: {arguments[name]}")
+    if ndim < rank + 1:
+        raise ValueError(
+            f"{name}={arguments[name]} needs {rank} spatial axes and a channel axis, "
+            f"got an array of {ndim} axes"
+        )
+    return rank
+
+
+def spatial_start(ndim: int, rank: int, data_format: str) -> int:
+    """The first spatial axis. The axes before it are batch, the axes after it channels (or nothing)."""
+    if data_format == "channels_last":
+        return ndim - rank - 1
+    if data_format == "channels_first":
+        return ndim - rank
+    raise ValueError(f"data_format must be 'channels_last' or 'channels_first', got {data_format!r}")
+
+
+def _pads(
+    padding: str | int | tuple[tuple[int, int], ...],
+    sizes: Sequence[Dim],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    ceil_mode: bool,
+) -> tuple[tuple[Dim, Dim], ...]:
+    rank = len(sizes)
+    if isinstance(padding, str):
+        if ceil_mode:
+            raise ValueError(
+                f"ceil_mode=True needs padding as an int or pairs, got {padding!r}: "
+                "a string already fixes the output size (write padding=0 for 'VALID')"
+            )
+        if padding.upper() == "VALID":
+            return ((0, 0),) * rank
+        if padding.upper() != "SAME":
+            raise ValueError(f"padding must be 'VALID', 'SAME', an int or pairs, got {padding!r}")
+        totals = (
+            at_least_zero((-(-n // s) - 1) * s + (k - 1) * d + 1 - n)
+            for n, k, s, d in zip(sizes, kernel, stride, dilation, strict=True)
+        )
+        return tuple((total // 2, total - total // 2) for total in totals)
+    if isinstance(padding, int):
+        return ((padding, padding),) * rank
+    if len(padding) != rank:
+        raise ValueError(
+            f"padding must have one (low, high) pair for each of the {rank} spatial axes, got {padding}"
+        )
+    return padding
+
+
+# --- checking single values ---------------------------------------------------------------------------
+
+
+def integer(name: str, value: Any) -> int:
+    """`value` as an int; a `TypeError` that names the argument for anything that is not a static one."""
+    if not isinstance(value, bool | np.bool_):
+        try:
+            return operator.index(value)
+        except TypeError:
+            pass
+    raise TypeError(f"{name} must be an int known at trace time, got {_describe(value)}")
+
+
+def flag(name: str, value: Any) -> None:
+    """Refuses anything but a static bool."""
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name} must be a bool, got {value!r}")
+
+
+def shape(name: str, value: Any) -> tuple[Dim, ...]:
+    """`value` as the shape of an array: ints of at least 0, or symbolic dimensions."""
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        raise TypeError(f"{name} must be a sequence of ints, got {_describe(value)}")
+    dims = tuple(d if _compat.is_symbolic(d) else integer(name, d) for d in value)
+    if any(surely_below(d, 0) for d in dims):
+        raise ValueError(f"{name} must not have negative entries, got {dims}")
+    return dims
+
+
+def _describe(value: Any) -> str:
+    return (
+        repr(value) if isinstance(value, str | float | complex | bool) else f"{type(value).__name__} {value}"
+    )
+
+
+def freeze(name: str, value: Any) -> int | tuple[int, ...]:
+    if isinstance(value, str):
+        raise TypeError(f"{name} must be an int or a sequence of ints, got {value!r}")
+    if isinstance(value, Sequence) or (isinstance(value, np.ndarray) and value.ndim):
+        return tuple(integer(name, v) for v in value)
+    return integer(name, value)
+
+
+def freeze_padding(padding: Any) -> str | int | tuple[tuple[int, int], ...]:
+    if isinstance(padding, str):
+        return padding
+    if not isinstance(padding, Sequence | np.ndarray) or getattr(padding, "ndim", 1) == 0:
+        return integer("padding", padding)
+    pairs = []
+    for pair in padding:
+        if isinstance(pair, str) or not isinstance(pair, Sequence | np.ndarray) or len(pair) != 2:
+            raise ValueError(
+                "padding must be 'VALID', 'SAME', an int or one (low, high) pair for each spatial axis, "
+                f"got {padding!r}"
+            )
+        pairs.append((integer("padding", pair[0]), integer("padding", pair[1])))
+    return tuple(pairs)
+
+
+def per_axis(name: str, value: int | tuple[int, ...], rank: int, *, least: int = 1) -> tuple[int, ...]:
+    values = (value,) * rank if isinstance(value, int) else value
+    if len(values) != rank:
+        raise ValueError(f"{name} must have one entry for each of the {rank} spatial axes, got {value}")
+    for v in values:
+        if v < least:
+            raise ValueError(f"{name} must be at least {least} on every axis, got {value}")
+    return values
+
+
+def surely_below(value: Dim, bound: int) -> bool:
+    """Whether `value < bound`; false where a symbolic dimension leaves it open."""
+    return value < bound if isinstance(value, int) else _compat.symbolic_below(value, bound)
+
+
+def at_least_zero(value: Dim) -> Dim:
+    return max(value, 0) if isinstance(value, int) else _compat.max_dim(value, 0)

@@ -1,0 +1,1 @@
+"""How a primitive becomes code; `rule.py` chooses the path."""

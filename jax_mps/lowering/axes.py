@@ -1,0 +1,120 @@
+"""One axis of an array: growing it, cutting it, and the two views of it that windows need.
+
+Every function takes the array and the number `dim` of the axis. Windows that start `stride` pixels apart cut
+the axis into blocks of `stride` pixels; pixel r of a block is its phase r.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from jax import lax
+
+from jax_mps.geometry import Axis, Dim
+
+Array = Any
+
+
+def resize(x: Array, dim: int, before: Dim, after: Dim, fill: Any) -> Array:
+    """Adds that many elements of `fill` at the ends of an axis; cuts elements off where negative."""
+    length = x.shape[dim]
+    if all(isinstance(n, int) for n in (length, before, after)):
+        # The part of x that stays, which may be nothing.
+        first = min(max(-before, 0), length)
+        limit = max(min(length + after, length), first)
+        if (first, limit) != (0, length):
+            x = cut(x, dim, first, limit)
+            before, after = before + first, after + length - limit
+            before, after = (before, after) if limit > first else (before + after, 0)
+        if before == after == 0:
+            return x
+    config = [(0, 0, 0)] * x.ndim
+    config[dim] = (before, after, 0)
+    return lax.pad(x, np.array(fill, x.dtype), config)
+
+
+def cut(x: Array, dim: int, first: Dim, limit: Dim, stride: int = 1) -> Array:
+    starts, limits, strides = [0] * x.ndim, list(x.shape), [1] * x.ndim
+    starts[dim], limits[dim], strides[dim] = first, limit, stride
+    return lax.slice(x, starts, limits, strides)
+
+
+def cover(x: Array, axis: Axis, dim: int, fill: Any) -> Array:
+    """The pixels from the first to the last tap of all windows."""
+    return resize(x, dim, axis.low, axis.high, fill)
+
+
+def uncover(x: Array, axis: Axis, dim: int, fill: Any) -> Array:
+    """From an array that begins with the first tap to the pixels of the image."""
+    return resize(x, dim, -axis.low, axis.size + axis.low - x.shape[dim], fill)
+
+
+def tap_of(x: Array, axis: Axis, dim: int, k: int) -> Array:
+    """Tap `k` of every window of a covered array."""
+    first = k * axis.dilation
+    return cut(x, dim, first, first + (axis.windows - 1) * axis.stride + 1, axis.stride)
+
+
+def split_windows(x: Array, axis: Axis, dim: int, fill: Any) -> Array:
+    """Windows that do not touch, as the rows of a new axis behind `dim`."""
+    x = resize(x, dim, axis.low, axis.windows * axis.stride - axis.low - axis.size, fill)
+    x = lax.reshape(x, (*x.shape[:dim], axis.windows, axis.stride, *x.shape[dim + 1 :]))
+    return cut(x, dim + 1, 0, axis.taps)
+
+
+def unblock(x: Array, axis: Axis, dim: int) -> Array:
+    """The inverse of splitting an axis into (blocks, phases); then cut or grown to the image."""
+    x = lax.reshape(x, (*x.shape[:dim], x.shape[dim] * x.shape[dim + 1], *x.shape[dim + 2 :]))
+    return uncover(x, axis, dim, 0)
+
+
+def add_up(terms: Iterable[Array], at_once: int) -> Array:
+    """The sum of arrays, at most `at_once` of them by elementwise operations in a row.
+
+    Further sums are left to a reduction, which compilers that fuse elementwise operations keep apart.
+    """
+    arrays = list(terms)
+    sums = [functools.reduce(lax.add, arrays[i : i + at_once]) for i in range(0, len(arrays), at_once)]
+    if len(sums) == 1:
+        return sums[0]
+    shape, dtype = sums[0].shape, sums[0].dtype
+    rows = lax.concatenate([lax.reshape(a, (1, math.prod(shape))) for a in sums], 0)
+    return lax.reshape(lax.reduce(rows, np.zeros((), dtype), lax.add, (0,)), shape)
+
+
+def disjoint(axis: Axis) -> bool:
+    return axis.dilation == 1 and axis.stride >= axis.taps
+
+
+def neighbours(axis: Axis) -> list[tuple[int, tuple[int, ...]]]:
+    """Which windows reach a pixel.
+
+    Cut the padded axis into blocks of `stride` pixels, so that pixel r of block q is number
+    `q * stride + r`, and window p starts with block p. Returns the pairs (j, taps): pixel r of block q
+    is tap `taps[r]` of window q - j, or none of its taps where `taps[r]` is -1.
+    """
+    found = []
+    for j in range((axis.extent - 1) // axis.stride + 1):
+        distances = range(j * axis.stride, (j + 1) * axis.stride)
+        taps = tuple(
+            m // axis.dilation if m % axis.dilation == 0 and m < axis.extent else -1 for m in distances
+        )
+        if max(taps) >= 0:
+            found.append((j, taps))
+    return found
+
+
+def nth_before(g: Array, axis: Axis, dim: int, j: int, fill: Any) -> Array:
+    """For every block of `stride` pixels (see `neighbours`), the window `j` blocks before it."""
+    blocks = -(-(axis.size + axis.low) // axis.stride)
+    return resize(g, dim, j, blocks - axis.windows - j, fill)
+
+
+def repeat(x: Array, dim: int, count: int) -> Array:
+    """Repeats every element of an axis along a new axis behind it."""
+    shape = (*x.shape[: dim + 1], count, *x.shape[dim + 1 :])
+    return lax.broadcast_in_dim(x, shape, [i for i in range(len(shape)) if i != dim + 1])

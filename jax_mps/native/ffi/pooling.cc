@@ -1,0 +1,408 @@
+// The calls XLA makes: decode, check, choose the kernels for this processor.
+
+#include <cstdlib>
+#include <cstring>
+#include <string>
+
+#include "ffi/call.h"
+#include "conv/geometry.h"
+
+namespace ffi = xla::ffi;
+
+namespace jax_mps {
+namespace {
+
+struct WindowAttrs {
+  int64_t start;
+  Integers window_shape, strides, window_dilation, low;
+};
+
+struct AverageAttrs {
+  int64_t start;
+  Integers window_shape, strides, window_dilation, low;
+  int64_t divisor;
+  Integers band_low, band_high;
+};
+
+struct PlaneAttrs {
+  int64_t start, rank;
+};
+
+}  // namespace
+}  // namespace jax_mps
+
+XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(jax_mps::WindowAttrs, ffi::StructMember<int64_t>("start"),
+                                      ffi::StructMember<jax_mps::Integers>("window_shape"),
+                                      ffi::StructMember<jax_mps::Integers>("strides"),
+                                      ffi::StructMember<jax_mps::Integers>("window_dilation"),
+                                      ffi::StructMember<jax_mps::Integers>("low"));
+XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(jax_mps::AverageAttrs, ffi::StructMember<int64_t>("start"),
+                                      ffi::StructMember<jax_mps::Integers>("window_shape"),
+                                      ffi::StructMember<jax_mps::Integers>("strides"),
+                                      ffi::StructMember<jax_mps::Integers>("window_dilation"),
+                                      ffi::StructMember<jax_mps::Integers>("low"), ffi::StructMember<int64_t>("divisor"),
+                                      ffi::StructMember<jax_mps::Integers>("band_low"),
+                                      ffi::StructMember<jax_mps::Integers>("band_high"));
+XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(jax_mps::PlaneAttrs, ffi::StructMember<int64_t>("start"),
+                                      ffi::StructMember<int64_t>("rank"));
+
+namespace jax_mps {
+
+// ---- The processor.
+
+const InstructionSet& ThisInstructionSet() {
+  static const InstructionSet chosen = [] {
+#if defined(__x86_64__) || defined(_M_X64)
+    __builtin_cpu_init();
+    const auto has = [](bool feature) { return feature; };
+    const bool v3 = has(__builtin_cpu_supports("avx2")) && has(__builtin_cpu_supports("fma")) &&
+                    has(__builtin_cpu_supports("bmi")) && has(__builtin_cpu_supports("bmi2"));
+    const bool v4 = v3 && has(__builtin_cpu_supports("avx512f")) && has(__builtin_cpu_supports("avx512bw")) &&
+                    has(__builtin_cpu_supports("avx512cd")) && has(__builtin_cpu_supports("avx512dq")) &&
+                    has(__builtin_cpu_supports("avx512vl"));
+    const char* limit = std::getenv("JAX_MPS_INSTRUCTION_SET");
+    if (limit == nullptr) limit = "";
+    const bool at_most_v2 = std::strcmp(limit, "x86-64-v2") == 0;
+    const bool at_most_v3 = at_most_v2 || std::strcmp(limit, "x86-64-v3") == 0;
+    if (v4 && !at_most_v3) return InstructionSet{"x86-64-v4", x86_64_v4::Execute, x86_64_v4::Execute};
+    if (v3 && !at_most_v2) return InstructionSet{"x86-64-v3", x86_64_v3::Execute, x86_64_v3::Execute};
+    return InstructionSet{"x86-64-v2", x86_64_v2::Execute, x86_64_v2::Execute};
+#elif defined(__aarch64__)
+    return InstructionSet{"aarch64", baseline::Execute, baseline::Execute};
+#else
+    return InstructionSet{"baseline", baseline::Execute, baseline::Execute};
+#endif
+  }();
+  return chosen;
+}
+
+// ---- Checks.
+
+Type TypeOf(ffi::DataType type) {
+  switch (type) {
+    case ffi::F32: return Type::kF32;
+    case ffi::F64: return Type::kF64;
+    case ffi::F16: return Type::kF16;
+    case ffi::BF16: return Type::kBF16;
+    case ffi::S8: return Type::kS8;
+    case ffi::S16: return Type::kS16;
+    case ffi::S32: return Type::kS32;
+    case ffi::U8: case ffi::PRED: return Type::kU8;
+    case ffi::U16: return Type::kU16;
+    case ffi::U32: return Type::kU32;
+    default: return Type::kOther;
+  }
+}
+
+namespace {
+
+bool IsTap(Type type) { return type == Type::kS8 || type == Type::kS16 || type == Type::kS32; }
+
+// A call while it is checked: the first complaint stays.
+class Call {
+ public:
+  explicit Call(Op op) { problem_.op = op; }
+
+  void Require(bool fine, const char* complaint) {
+    if (!fine && error_.empty()) error_ = complaint;
+  }
+
+  // The image and the pooled array lay out the problem; attributes of the windows follow.
+  void SetShapes(Integers image, Integers pooled, int64_t start, int64_t rank) {
+    Require(rank >= 1 && rank <= 3, "the windows must have 1 to 3 axes");
+    Require(image.size() == pooled.size(), "image and pooled array must have the same rank");
+    Require(start >= 0 && rank <= static_cast<int64_t>(image.size()) && start <= static_cast<int64_t>(image.size()) - rank,
+            "start does not leave room for the spatial axes");
+    if (!error_.empty()) return;
+    Geometry& geometry = problem_.geometry;
+    for (int64_t d = 0; d < static_cast<int64_t>(image.size()); ++d) {
+      if (d >= start && d < start + rank) {
+        Axis& axis = geometry.axis[3 - rank + d - start];
+        axis.size = image[d];
+        axis.windows = pooled[d];
+      } else {
+        Require(image[d] == pooled[d], "image and pooled array must agree outside the spatial axes");
+        (d < start ? geometry.outer : geometry.inner) *= image[d];
+      }
+    }
+  }
+
+  template <class Attrs>
+  void SetWindows(Integers image, Integers pooled, const Attrs& attrs) {
+    const int64_t rank = attrs.window_shape.size();
+    for (Integers each : {attrs.strides, attrs.window_dilation, attrs.low}) {
+      Require(static_cast<int64_t>(each.size()) == rank, "window_shape, strides, window_dilation and low must have one entry an axis");
+    }
+    SetShapes(image, pooled, attrs.start, rank);
+    if (!error_.empty()) return;
+    for (int64_t a = 0; a < rank; ++a) {
+      Axis& axis = problem_.geometry.axis[3 - rank + a];
+      axis.kernel = attrs.window_shape[a];
+      axis.stride = attrs.strides[a];
+      axis.dilation = attrs.window_dilation[a];
+      axis.lo = attrs.low[a];
+      Require(axis.kernel >= 1 && axis.stride >= 1 && axis.dilation >= 1, "kernel, stride and dilation must be at least 1");
+      Require(axis.lo >= 0, "lo must not be negative");
+    }
+  }
+
+  void SetDivisor(const AverageAttrs& attrs) {
+    const int64_t rank = attrs.window_shape.size();
+    Require(static_cast<int64_t>(attrs.band_low.size()) == rank && static_cast<int64_t>(attrs.band_high.size()) == rank,
+            "band_low and band_high must have one entry an axis");
+    if (!error_.empty()) return;
+    Geometry& geometry = problem_.geometry;
+    geometry.divisor = attrs.divisor;
+    if (attrs.divisor != 0) return;
+    geometry.divisor = 1;
+    for (int64_t a = 0; a < rank; ++a) {
+      Axis& axis = geometry.axis[3 - rank + a];
+      const int64_t last = axis.stride * (axis.windows - 1) - axis.lo + axis.dilation * (axis.kernel - 1);
+      geometry.divisor *= axis.kernel;
+      geometry.weighted |= axis.lo > attrs.band_low[a] || last >= axis.size + attrs.band_high[a];
+    }
+    for (int64_t a = 0; a < rank && geometry.weighted; ++a) {
+      geometry.axis[3 - rank + a].band_low = attrs.band_low[a];
+      geometry.axis[3 - rank + a].band_high = attrs.band_high[a];
+    }
+  }
+
+  void SetType(Type type, Type second = Type::kOther) {
+    problem_.type = type;
+    problem_.second = second;
+  }
+  void SetOperands(std::initializer_list<Operand> operands) {
+    int i = 0;
+    for (const Operand& operand : operands) problem_.operand[i++] = operand.untyped_data();
+  }
+  void SetResult(int i, Result& result) {
+    problem_.result[i] = result->untyped_data();
+    empty_ |= result->element_count() == 0;
+    PreferHugePages(result->untyped_data(), result->size_bytes());
+    if (result->size_bytes() > workers_.bytes) {
+      workers_.result = result->untyped_data();
+      workers_.bytes = result->size_bytes();
+    }
+    problem_.stream |= ExceedsCaches(result->size_bytes());
+  }
+
+  ffi::Error Run(ffi::ThreadPool& pool) {
+    if (!error_.empty()) return ffi::Error::InvalidArgument("jax_mps: " + error_);
+    if (empty_) return ffi::Error::Success();
+    workers_.schedule = [&pool](std::function<void()> task) { pool.Schedule([task = std::move(task)] { task(); }); };
+    problem_.workers = &workers_;
+    // Unpooling has no windows: its positions are numbers in a plane, whose axes have to stay.
+    if (problem_.op != Op::kMaxUnpool && problem_.op != Op::kMaxUnpoolTake) MergeCoveredAxes(problem_.geometry);
+    problem_.stream &= StreamsWell();
+    if (ThisInstructionSet().execute(problem_)) return ffi::Error::Success();
+    return ffi::Error(ffi::ErrorCode::kResourceExhausted, "jax_mps: no memory for scratch");
+  }
+
+ private:
+  // Whether what is stored at once, a pixel of many channels or a row of few, are whole lines of the cache: to go past it with
+  // parts of them is far slower than not to.
+  bool StreamsWell() const {
+    constexpr int64_t kLine = 64;
+    const Geometry& geometry = problem_.geometry;
+    const int64_t pixel = geometry.inner * (problem_.type == Type::kF64 ? 8 : 4);  // half precision is never streamed
+    return (pixel < kLine ? pixel * geometry.axis[2].size : pixel) % kLine == 0;
+  }
+
+  Problem problem_ = {};
+  Workers workers_;
+  std::string error_;
+  bool empty_ = false;
+};
+
+bool SameShape(Integers a, Integers b) { return a == b; }
+
+constexpr char kNumber[] = "the element type must be a float or an integer of 8 to 32 bits";
+constexpr char kFloat[] = "the element type must be a float";
+constexpr char kTap[] = "taps must be int8, int16 or int32";
+constexpr char kEqual[] = "element types must be equal";
+constexpr char kNorm[] = "the norm must have the accumulator's type";
+constexpr char kPooled[] = "pooled arrays must have the image's type or its accumulator's";
+constexpr char kShapes[] = "shapes must be equal";
+
+// ---- Handlers.
+
+ffi::Error MaxPool(ffi::ThreadPool pool, WindowAttrs attrs, Operand x, Result y) {
+  Call call(Op::kMaxPool);
+  const Type type = TypeOf(x.element_type());
+  call.Require(type != Type::kOther, kNumber);
+  call.Require(y->element_type() == x.element_type(), kEqual);
+  call.SetWindows(x.dimensions(), y->dimensions(), attrs);
+  call.SetType(type);
+  call.SetOperands({x});
+  call.SetResult(0, y);
+  return call.Run(pool);
+}
+
+ffi::Error MaxPoolTapIndex(ffi::ThreadPool pool, WindowAttrs attrs, Operand x, Result tap) {
+  Call call(Op::kMaxPoolTapIndex);
+  const Type type = TypeOf(x.element_type()), second = TypeOf(tap->element_type());
+  call.Require(type != Type::kOther, kNumber);
+  call.Require(IsTap(second), kTap);
+  call.SetWindows(x.dimensions(), tap->dimensions(), attrs);
+  call.SetType(type, second);
+  call.SetOperands({x});
+  call.SetResult(1, tap);
+  return call.Run(pool);
+}
+
+ffi::Error MaxPoolWithTapIndex(ffi::ThreadPool pool, WindowAttrs attrs, Operand x, Result y, Result tap) {
+  Call call(Op::kMaxPoolTapIndex);
+  const Type type = TypeOf(x.element_type()), second = TypeOf(tap->element_type());
+  call.Require(type != Type::kOther, kNumber);
+  call.Require(y->element_type() == x.element_type(), kEqual);
+  call.Require(IsTap(second), kTap);
+  call.Require(SameShape(y->dimensions(), tap->dimensions()), kShapes);
+  call.SetWindows(x.dimensions(), y->dimensions(), attrs);
+  call.SetType(type, second);
+  call.SetOperands({x});
+  call.SetResult(0, y);
+  call.SetResult(1, tap);
+  return call.Run(pool);
+}
+
+ffi::Error MaxPoolTake(ffi::ThreadPool pool, WindowAttrs attrs, Operand t, Operand tap, Result out) {
+  Call call(Op::kMaxPoolTake);
+  const Type type = TypeOf(t.element_type()), second = TypeOf(tap.element_type());
+  call.Require(IsFloat(type), kFloat);
+  call.Require(out->element_type() == t.element_type(), kEqual);
+  call.Require(IsTap(second), kTap);
+  call.Require(SameShape(out->dimensions(), tap.dimensions()), kShapes);
+  call.SetWindows(t.dimensions(), tap.dimensions(), attrs);
+  call.SetType(type, second);
+  call.SetOperands({t, tap});
+  call.SetResult(0, out);
+  return call.Run(pool);
+}
+
+ffi::Error MaxPoolPut(ffi::ThreadPool pool, WindowAttrs attrs, Operand g, Operand tap, Result dx) {
+  Call call(Op::kMaxPoolPut);
+  const Type type = TypeOf(g.element_type()), second = TypeOf(tap.element_type());
+  call.Require(IsFloat(type), kFloat);
+  call.Require(dx->element_type() == g.element_type(), kEqual);
+  call.Require(IsTap(second), kTap);
+  call.Require(SameShape(g.dimensions(), tap.dimensions()), kShapes);
+  call.SetWindows(dx->dimensions(), g.dimensions(), attrs);
+  call.SetType(type, second);
+  call.SetOperands({g, tap});
+  call.SetResult(0, dx);
+  return call.Run(pool);
+}
+
+ffi::Error Averaging(Op op, ffi::ThreadPool& pool, const AverageAttrs& attrs, Operand from, Result to) {
+  Call call(op);
+  const Type type = TypeOf(from.element_type());
+  call.Require(IsFloat(type), kFloat);
+  call.Require(to->element_type() == from.element_type(), kEqual);
+  const bool forward = op == Op::kAvgPool;
+  call.SetWindows(forward ? from.dimensions() : to->dimensions(), forward ? to->dimensions() : from.dimensions(), attrs);
+  call.SetDivisor(attrs);
+  call.SetType(type);
+  call.SetOperands({from});
+  call.SetResult(0, to);
+  return call.Run(pool);
+}
+
+ffi::Error AvgPool(ffi::ThreadPool pool, AverageAttrs attrs, Operand x, Result y) {
+  return Averaging(Op::kAvgPool, pool, attrs, x, y);
+}
+
+ffi::Error AvgPoolGradient(ffi::ThreadPool pool, AverageAttrs attrs, Operand g, Result dx) {
+  return Averaging(Op::kAvgPoolGradient, pool, attrs, g, dx);
+}
+
+ffi::Error L2Pool(ffi::ThreadPool pool, WindowAttrs attrs, Operand x, Result y) {
+  Call call(Op::kL2Pool);
+  const Type type = TypeOf(x.element_type()), second = TypeOf(y->element_type());
+  call.Require(IsFloat(type), kFloat);
+  call.Require(second == type || second == Accumulator(type), kPooled);
+  call.SetWindows(x.dimensions(), y->dimensions(), attrs);
+  call.SetType(type, second);
+  call.SetOperands({x});
+  call.SetResult(0, y);
+  return call.Run(pool);
+}
+
+ffi::Error L2PoolTangent(ffi::ThreadPool pool, WindowAttrs attrs, Operand t, Operand x, Operand y, Result out) {
+  Call call(Op::kL2PoolTangent);
+  const Type type = TypeOf(x.element_type()), second = TypeOf(out->element_type());
+  call.Require(IsFloat(type), kFloat);
+  call.Require(TypeOf(t.element_type()) == type, kEqual);
+  call.Require(TypeOf(y.element_type()) == Accumulator(type), kNorm);
+  call.Require(second == type || second == Accumulator(type), kPooled);
+  call.Require(SameShape(t.dimensions(), x.dimensions()) && SameShape(y.dimensions(), out->dimensions()), kShapes);
+  call.SetWindows(x.dimensions(), y.dimensions(), attrs);
+  call.SetType(type, second);
+  call.SetOperands({t, x, y});
+  call.SetResult(0, out);
+  return call.Run(pool);
+}
+
+ffi::Error L2PoolGradient(ffi::ThreadPool pool, WindowAttrs attrs, Operand g, Operand x, Operand y, Result dx) {
+  Call call(Op::kL2PoolGradient);
+  const Type type = TypeOf(x.element_type()), second = TypeOf(g.element_type());
+  call.Require(IsFloat(type), kFloat);
+  call.Require(TypeOf(dx->element_type()) == type, kEqual);
+  call.Require(TypeOf(y.element_type()) == Accumulator(type), kNorm);
+  call.Require(second == type || second == Accumulator(type), kPooled);
+  call.Require(SameShape(g.dimensions(), y.dimensions()) && SameShape(x.dimensions(), dx->dimensions()), kShapes);
+  call.SetWindows(x.dimensions(), y.dimensions(), attrs);
+  call.SetType(type, second);
+  call.SetOperands({g, x, y});
+  call.SetResult(0, dx);
+  return call.Run(pool);
+}
+
+ffi::Error MaxUnpool(ffi::ThreadPool pool, PlaneAttrs attrs, Operand y, Operand indices, Result image) {
+  Call call(Op::kMaxUnpool);
+  const Type type = TypeOf(y.element_type());
+  call.Require(type != Type::kOther, kNumber);
+  call.Require(image->element_type() == y.element_type(), kEqual);
+  call.Require(TypeOf(indices.element_type()) == Type::kS32, "indices must be int32");
+  call.Require(SameShape(y.dimensions(), indices.dimensions()), kShapes);
+  call.SetShapes(image->dimensions(), y.dimensions(), attrs.start, attrs.rank);
+  call.SetType(type);
+  call.SetOperands({y, indices});
+  call.SetResult(0, image);
+  return call.Run(pool);
+}
+
+ffi::Error MaxUnpoolTake(ffi::ThreadPool pool, PlaneAttrs attrs, Operand image, Operand indices, Result out) {
+  Call call(Op::kMaxUnpoolTake);
+  const Type type = TypeOf(image.element_type());
+  call.Require(type != Type::kOther, kNumber);
+  call.Require(out->element_type() == image.element_type(), kEqual);
+  call.Require(TypeOf(indices.element_type()) == Type::kS32, "indices must be int32");
+  call.Require(SameShape(out->dimensions(), indices.dimensions()), kShapes);
+  call.SetShapes(image.dimensions(), indices.dimensions(), attrs.start, attrs.rank);
+  call.SetType(type);
+  call.SetOperands({image, indices});
+  call.SetResult(0, out);
+  return call.Run(pool);
+}
+
+}  // namespace
+}  // namespace jax_mps
+
+JAX_MPS_HANDLER(MaxPool, WindowAttrs, 1, 1);
+JAX_MPS_HANDLER(MaxPoolTapIndex, WindowAttrs, 1, 1);
+JAX_MPS_HANDLER(MaxPoolWithTapIndex, WindowAttrs, 1, 2);
+JAX_MPS_HANDLER(MaxPoolTake, WindowAttrs, 2, 1);
+JAX_MPS_HANDLER(MaxPoolPut, WindowAttrs, 2, 1);
+JAX_MPS_HANDLER(AvgPool, AverageAttrs, 1, 1);
+JAX_MPS_HANDLER(AvgPoolGradient, AverageAttrs, 1, 1);
+JAX_MPS_HANDLER(L2Pool, WindowAttrs, 1, 1);
+JAX_MPS_HANDLER(L2PoolTangent, WindowAttrs, 3, 1);
+JAX_MPS_HANDLER(L2PoolGradient, WindowAttrs, 3, 1);
+JAX_MPS_HANDLER(MaxUnpool, PlaneAttrs, 2, 1);
+JAX_MPS_HANDLER(MaxUnpoolTake, PlaneAttrs, 2, 1);
+
+JAX_MPS_EXPORT const char* JaxMpsInstructionSet() { return jax_mps::ThisInstructionSet().name; }
+JAX_MPS_EXPORT int JaxMpsInterface() { return JAX_MPS_INTERFACE; }
+JAX_MPS_EXPORT const char* JaxMpsVersion() { return JAX_MPS_VERSION; }
+JAX_MPS_EXPORT int JaxMpsFfiApiMinor() { return XLA_FFI_API_MINOR; }
+JAX_MPS_EXPORT int JaxMpsThreads() { return jax_mps::ThreadCount(); }

@@ -1,0 +1,558 @@
+"""Transposed convolution and the two halves of its documented gradient.
+
+Three primitives, each linear in each of its operands, each transpose of one being another of them:
+
+    y  = forward(x, kernel)          y[i, o]     = sum over j, k, c of x[j, c] kernel[k, o, c]
+    dx = gradient_data(g, kernel)    dx[j, c]    = sum over k, o of    g[i, o] kernel[k, o, c]
+    dk = gradient_weights(g, x)      dk[k, o, c] = sum over j of       g[i, o] x[j, c]
+
+where tap k of window j lies at the pixel i = stride * j - lo + dilation * k, and taps outside the image are
+left out. These are the windows of the ordinary convolution of y with the same kernel, whose result has the
+shape of x. So each primitive has a `Window`: `window.sizes` belong to y and g, `window.counts` to x and dx.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.typing import ArrayLike, DTypeLike
+
+from jax_mps import _compat, geometry
+from jax_mps.geometry import DataFormat, Ints, Padding, Window
+from jax_mps.lowering import conv_transpose as lowered
+from jax_mps.lowering import rule
+from jax_mps.ops import operands, primitive
+from jax_mps.ops.operands import FLOATS
+
+Array = Any
+Precision = Any
+"""What `jax.lax` takes: None, a `lax.Precision`, its name, or a pair of these for the two operands."""
+
+# --- public functions ---------------------------------------------------------------------------------
+
+
+def conv_transpose(
+    x: ArrayLike,
+    kernel: ArrayLike,
+    *,
+    strides: Ints = 1,
+    padding: Padding = "VALID",
+    output_padding: Ints = 0,
+    kernel_dilation: Ints = 1,
+    groups: int = 1,
+    transpose_kernel: bool = False,
+    data_format: DataFormat = "channels_last",
+    precision: Precision = None,
+    preferred_element_type: DTypeLike | None = None,
+    implementation: str | None = None,
+) -> jax.Array:
+    """The transposed convolution of an image.
+
+    Every pixel j of `x` is multiplied by the kernel, and the products are added up where they fall. Along
+    each spatial axis, with K taps, tap k falls on the pixel `i = strides * j - low + kernel_dilation * k`:
+
+        y[..., i, o] = sum over j, k, c of x[..., j, c] * kernel[k, o, c]       transpose_kernel=True
+        y[..., i, o] = sum over j, k, c of x[..., j, c] * kernel[K-1-k, c, o]   transpose_kernel=False
+
+    The second is the convolution, without rotation of the kernel, of `x` with `strides - 1` zeros between its
+    pixels. With groups, c and o run over the channels of one group. Sums are formed in float32 (float64 for
+    float64) and rounded once. Linear in `x` and in `kernel`; differentiable to any order.
+
+    Args:
+      x: array of shape `(*batch, *spatial, in)`, or `(*batch, in, *spatial)` with
+        `data_format="channels_first"`; 1 to 3 spatial axes, any number of batch axes. float32, float64,
+        float16 or bfloat16.
+      kernel: array of the dtype of `x`; its shape says how many spatial axes there are.
+        `(*window, in / groups, out)` with `transpose_kernel=False`, used as it is (MPS, Flax);
+        `(*window, out / groups, in)` with `transpose_kernel=True`: the kernel of the ordinary convolution
+        that this one transposes (PyTorch, Keras; see `kernel_from_torch`).
+      strides: pixels of `y` from one pixel of `x` to the next; an int, or one for each spatial axis.
+      padding: that of the ordinary convolution of `y` to `x`, which is cut off here: "VALID" (none), "SAME"
+        (outputs = size * strides), an int for all sides, or a `(low, high)` pair for each spatial axis.
+        Negative numbers add zeros. `conventions` has the paddings of other libraries.
+      output_padding: pixels that the high end of each axis has beyond the least size: 0 to
+        `max(strides, kernel_dilation) - 1`. Not with "SAME".
+      kernel_dilation: pixels of `y` from one tap to the next.
+      groups: the number of groups of channels, which divides those of `x` and of `y`; as many groups as
+        channels is depthwise.
+      transpose_kernel: which of the two kernels above it is.
+      data_format: "channels_last" or "channels_first".
+      precision: what `jax.lax` calls precision, for matrix units that can multiply with less than float32.
+        Native kernels always have all of it.
+      preferred_element_type: the dtype of the result, a float at least as wide as that of `x`, which is the
+        default.
+      implementation: None chooses; "native" or "xla" forces a path.
+
+    Returns:
+      The array y, with `out` channels and
+      `(size - 1) * strides + kernel_dilation * (window - 1) + 1 - low - high + output_padding` pixels along
+      each spatial axis.
+
+    Raises:
+      TypeError: an argument has the wrong type, or the dtypes are unsupported or differ.
+      ValueError: a value is out of range, shapes disagree, the output would be empty, or
+        `implementation="native"` cannot be had.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, jax_mps
+      >>> x = jnp.array([1., 2., 3., 4.]).reshape(1, 4, 1)
+      >>> kernel = jnp.array([1., 10., 100.]).reshape(3, 1, 1)
+      >>> jax_mps.conv_transpose(x, kernel, strides=2).ravel()
+      Array([100.,  10., 201.,  20., 302.,  30., 403.,  40.,   4.], dtype=float32)
+      >>> jax_mps.conv_transpose(x, kernel, strides=2, transpose_kernel=True).ravel()
+      Array([  1.,  10., 102.,  20., 203.,  30., 304.,  40., 400.], dtype=float32)
+      >>> jax_mps.conv_transpose(x, kernel, strides=2, padding=1, output_padding=1).ravel()
+      Array([ 10., 201.,  20., 302.,  30., 403.,  40.,   4.], dtype=float32)
+
+    Source: `MPSCNNConvolutionTranspose` in MPSCNNConvolution.h; the options are those of PyTorch's
+    `conv_transpose2d`.
+    """
+    image = operands.array("x", x, FLOATS)
+    weights = operands.array("kernel", kernel, FLOATS)
+    call = _place(
+        image.shape, weights.shape, strides, padding, output_padding, kernel_dilation, groups,
+        transpose_kernel, data_format, precision, implementation, source="x",
+    )  # fmt: skip
+    operands.check_same_dtype("kernel", weights, "x", image)
+    out_dtype = _preferred(preferred_element_type, image.dtype)
+    return forward(image, weights, out_dtype=out_dtype, **call.params)
+
+
+def conv_transpose_gradient_data(
+    source_gradient: ArrayLike,
+    kernel: ArrayLike,
+    source_shape: Sequence[int],
+    *,
+    strides: Ints = 1,
+    padding: Padding = "VALID",
+    output_padding: Ints = 0,
+    kernel_dilation: Ints = 1,
+    groups: int = 1,
+    transpose_kernel: bool = False,
+    data_format: DataFormat = "channels_last",
+    precision: Precision = None,
+    preferred_element_type: DTypeLike | None = None,
+    implementation: str | None = None,
+) -> jax.Array:
+    """The gradient kernel of `conv_transpose` to its image: an ordinary strided convolution.
+
+        dx[..., j, c] = sum over k, o of source_gradient[..., i, o] * kernel[k, o, c]
+
+    with `i = strides * j - low + kernel_dilation * k`, taps outside left out, and `kernel` written as for
+    `transpose_kernel=True`. The transpose of `conv_transpose` in `x`.
+
+    Args:
+      source_gradient: gradient of the result of `conv_transpose`, in its shape.
+      kernel: the kernel, of the dtype of `source_gradient`.
+      source_shape: shape of the image, batch and channels included.
+      strides: as for `conv_transpose`, and so are the arguments that follow.
+      padding: that of the ordinary convolution.
+      output_padding: as for `conv_transpose`.
+      kernel_dilation: pixels from one tap to the next.
+      groups: the number of groups of channels.
+      transpose_kernel: which of the two kernels it is.
+      data_format: "channels_last" or "channels_first".
+      precision: as for `conv_transpose`.
+      preferred_element_type: the dtype of the result, by default that of `source_gradient`.
+      implementation: None chooses; "native" or "xla" forces a path.
+
+    Returns:
+      An array of shape `source_shape`.
+
+    Raises:
+      TypeError: an argument has the wrong type, or the dtypes are unsupported or differ.
+      ValueError: as for `conv_transpose`, or the shape of `source_gradient` is not that of its result.
+
+    Examples:
+      >>> import jax.numpy as jnp, jax_mps
+      >>> g = jnp.array([1., 10., 100., 1000.]).reshape(1, 4, 1)
+      >>> kernel = jnp.array([1., 10., 100.]).reshape(3, 1, 1)
+      >>> jax_mps.conv_transpose_gradient_data(g, kernel, (1, 4, 1), padding=1).ravel()
+      Array([   20.,   300.,  3000., 20000.], dtype=float32)
+
+    Source: `MPSCNNConvolutionTransposeGradient` with `gradientOption` "with data".
+    """
+    g = operands.array("source_gradient", source_gradient, FLOATS)
+    weights = operands.array("kernel", kernel, FLOATS)
+    call = _place(
+        geometry.shape("source_shape", source_shape), weights.shape, strides, padding, output_padding,
+        kernel_dilation, groups, transpose_kernel, data_format, precision, implementation,
+        source="source_shape",
+    )  # fmt: skip
+    operands.check_shape("source_gradient", g, call.result_shape, "that of the result of conv_transpose")
+    operands.check_same_dtype("kernel", weights, "source_gradient", g)
+    return gradient_data(g, weights, out_dtype=_preferred(preferred_element_type, g.dtype), **call.params)
+
+
+def conv_transpose_gradient_weights(
+    source_gradient: ArrayLike,
+    source: ArrayLike,
+    kernel_shape: Sequence[int],
+    *,
+    strides: Ints = 1,
+    padding: Padding = "VALID",
+    output_padding: Ints = 0,
+    kernel_dilation: Ints = 1,
+    groups: int = 1,
+    transpose_kernel: bool = False,
+    data_format: DataFormat = "channels_last",
+    precision: Precision = None,
+    preferred_element_type: DTypeLike | None = None,
+    implementation: str | None = None,
+) -> jax.Array:
+    """The gradient kernel of `conv_transpose` to its kernel, summed over the batch.
+
+        dk[k, o, c] = sum over batch, j of source_gradient[..., i, o] * source[..., j, c]
+
+    with `i = strides * j - low + kernel_dilation * k`, taps outside left out, and the kernel written as for
+    `transpose_kernel=True`. The transpose of `conv_transpose` in `kernel`.
+
+    Args:
+      source_gradient: gradient of the result of `conv_transpose`, in its shape.
+      source: the image, of the dtype of `source_gradient`.
+      kernel_shape: shape of the kernel, `(*window, in / groups, out)`, or `(*window, out / groups, in)` with
+        `transpose_kernel=True`.
+      strides: as for `conv_transpose`, and so are the arguments that follow.
+      padding: that of the ordinary convolution.
+      output_padding: as for `conv_transpose`.
+      kernel_dilation: pixels from one tap to the next.
+      groups: the number of groups of channels.
+      transpose_kernel: which of the two kernels is wanted.
+      data_format: "channels_last" or "channels_first".
+      precision: as for `conv_transpose`.
+      preferred_element_type: the dtype of the result, by default that of `source_gradient`.
+      implementation: None chooses; "native" or "xla" forces a path.
+
+    Returns:
+      An array of shape `kernel_shape`.
+
+    Raises:
+      TypeError: an argument has the wrong type, or the dtypes are unsupported or differ.
+      ValueError: as for `conv_transpose`, or the shape of `source_gradient` is not that of its result.
+
+    Examples:
+      >>> import jax.numpy as jnp, jax_mps
+      >>> g = jnp.array([1., 10., 100., 1000.]).reshape(1, 4, 1)
+      >>> x = jnp.array([1., 2., 3., 4.]).reshape(1, 4, 1)
+      >>> jax_mps.conv_transpose_gradient_weights(g, x, (3, 1, 1), padding=1).ravel()
+      Array([3210., 4321.,  432.], dtype=float32)
+
+    Source: `MPSCNNConvolutionTransposeGradient` with `gradientOption` "with weights and bias"; the gradient
+    of the bias is the sum of `source_gradient` over batch and pixels.
+    """
+    g = operands.array("source_gradient", source_gradient, FLOATS)
+    x = operands.array("source", source, FLOATS)
+    call = _place(
+        x.shape, geometry.shape("kernel_shape", kernel_shape), strides, padding, output_padding,
+        kernel_dilation, groups, transpose_kernel, data_format, precision, implementation,
+        source="source", kernel="kernel_shape",
+    )  # fmt: skip
+    operands.check_shape("source_gradient", g, call.result_shape, "that of the result of conv_transpose")
+    operands.check_same_dtype("source", x, "source_gradient", g)
+    return gradient_weights(g, x, out_dtype=_preferred(preferred_element_type, g.dtype), **call.params)
+
+
+class _Call(NamedTuple):
+    params: dict[str, Any]
+    result_shape: tuple[Any, ...]
+
+
+def _place(
+    shape: Sequence[Any],
+    kernel_shape: Sequence[Any],
+    strides: Ints,
+    padding: Padding,
+    output_padding: Ints,
+    kernel_dilation: Ints,
+    groups: int,
+    transpose_kernel: bool,
+    data_format: str,
+    precision: Precision,
+    implementation: str | None,
+    *,
+    source: str,
+    kernel: str = "kernel",
+) -> _Call:
+    """Checks the arguments that all three functions share; `source` and `kernel` name the shapes."""
+    geometry.flag("transpose_kernel", transpose_kernel)
+    groups = geometry.integer("groups", groups)
+    if not 3 <= len(kernel_shape) <= 5 or not all(isinstance(n, int) for n in kernel_shape):
+        raise ValueError(
+            f"{kernel} must have 1 to 3 spatial axes and two channel axes of known sizes, "
+            f"got shape {tuple(kernel_shape)}"
+        )
+    *taps, per_group, full = kernel_shape
+    window, start = geometry.place_transposed(
+        shape, tuple(taps), strides, padding, output_padding, kernel_dilation, data_format
+    )
+    channels_last = data_format == "channels_last"
+    channel = start + window.rank if channels_last else start - 1
+    if channel < 0:
+        raise ValueError(f"{source} needs a channel axis before its spatial axes, got shape {tuple(shape)}")
+    rule.check_implementation(
+        implementation, static=window.is_static() and all(isinstance(n, int) for n in shape)
+    )
+
+    inputs = shape[channel]
+    if groups < 1:
+        raise ValueError(f"groups must be at least 1, got {groups}")
+    if inputs % groups != 0:
+        raise ValueError(f"groups must divide the {inputs} channels of {source}, got {groups}")
+    if transpose_kernel:
+        right, outputs, layout = full == inputs, per_group * groups, "(*window, out / groups, in)"
+    else:
+        right, outputs, layout = per_group == inputs // groups, full, "(*window, in / groups, out)"
+    if not right:
+        raise ValueError(
+            f"{kernel} must have shape {layout} with transpose_kernel={transpose_kernel}, where {source} has "
+            f"in = {inputs} channels and groups = {groups}, got {tuple(kernel_shape)}"
+        )
+    if outputs % groups != 0:
+        raise ValueError(f"groups must divide the {outputs} output channels of {kernel}, got {groups}")
+    params = {
+        "window": window,
+        "start": start,
+        "channels_last": channels_last,
+        "groups": groups,
+        "transpose_kernel": bool(transpose_kernel),
+        "precision": _precision(precision),
+        "implementation": implementation,
+    }
+    result = list(shape)
+    result[start : start + window.rank] = window.sizes
+    result[channel] = outputs
+    return _Call(params, tuple(result))
+
+
+def _precision(precision: Precision) -> Any:
+    """The argument in a form that hashes."""
+    if isinstance(precision, list | tuple):
+        if len(precision) != 2:
+            raise ValueError(f"precision as a pair must have 2 entries, got {precision!r}")
+        return tuple(map(_precision, precision))
+    if precision is None or isinstance(precision, lax.Precision):
+        return precision
+    try:
+        return lax.Precision(precision)
+    except ValueError:
+        names = ", ".join(repr(p.name.lower()) for p in lax.Precision)
+        raise ValueError(
+            f"precision must be None, a jax.lax.Precision, one of {names}, or a pair, got {precision!r}"
+        ) from None
+
+
+def _preferred(preferred: DTypeLike | None, dtype: np.dtype[Any]) -> np.dtype[Any]:
+    if preferred is None:
+        return dtype
+    wanted = jnp.dtype(preferred)
+    if wanted.name not in FLOATS or (wanted != dtype and wanted.itemsize <= dtype.itemsize):
+        raise TypeError(
+            f"preferred_element_type must be {dtype.name} or a wider float of {', '.join(FLOATS)}, "
+            f"got {wanted.name}"
+        )
+    if wanted == np.float64 and not jax.config.read("jax_enable_x64"):
+        raise TypeError("preferred_element_type=float64 needs jax_enable_x64")
+    return wanted
+
+
+# --- on windows that are placed already ---------------------------------------------------------------
+
+
+def forward(x: Array, kernel: Array, *, out_dtype: Any, **params: Any) -> Array:
+    """`conv_transpose` with the given windows, which may lie anywhere."""
+    return _bind(conv_transpose_p, x, kernel, out_dtype, params)
+
+
+def gradient_data(g: Array, kernel: Array, *, out_dtype: Any, **params: Any) -> Array:
+    """`conv_transpose_gradient_data` with the given windows."""
+    return _bind(conv_transpose_gradient_data_p, g, kernel, out_dtype, params)
+
+
+def gradient_weights(g: Array, x: Array, *, out_dtype: Any, **params: Any) -> Array:
+    """`conv_transpose_gradient_weights` with the given windows."""
+    return _bind(conv_transpose_gradient_weights_p, g, x, out_dtype, params)
+
+
+def _bind(primitive: Any, a: Array, b: Array, out_dtype: Any, params: dict[str, Any]) -> Array:
+    """Binds with operands of one type, and a result of that type or of the one that it accumulates in."""
+    dtype = max(a.dtype, b.dtype, key=lambda t: t.itemsize)
+    if out_dtype == np.float64:
+        dtype = np.dtype(np.float64)
+    a, b = (lax.convert_element_type(v, dtype) for v in (a, b))
+    narrow = np.dtype(out_dtype).itemsize <= dtype.itemsize and out_dtype != dtype
+    bound_dtype = rule.accumulator(dtype) if narrow else np.dtype(out_dtype)
+    out = primitive.bind(*_compat.vary_alike(a, b), out_dtype=bound_dtype, **params)
+    return lax.convert_element_type(out, out_dtype)
+
+
+# --- primitives ---------------------------------------------------------------------------------------
+
+
+def _channel(window: Window, start: int, channels_last: bool) -> int:
+    return start + window.rank if channels_last else start - 1
+
+
+def _image_aval(x: Any, sizes: Sequence[Any], channels: int, params: dict[str, Any]) -> Any:
+    """The type of an image of those sizes and channels, beside the image type `x`."""
+    start, channel = params["start"], _channel(params["window"], params["start"], params["channels_last"])
+    shape, origin = list(x.shape), list[int | None](range(x.ndim))
+    shape[start : start + len(sizes)] = sizes
+    shape[channel] = channels
+    origin[channel] = None
+    return _compat.retyped(x, tuple(shape), params["out_dtype"], origin)
+
+
+def _forward_aval(x: Any, kernel: Any, **params: Any) -> Any:
+    outputs = kernel.shape[-2] * params["groups"] if params["transpose_kernel"] else kernel.shape[-1]
+    return _image_aval(x, params["window"].sizes, outputs, params)
+
+
+def _data_aval(g: Any, kernel: Any, **params: Any) -> Any:
+    inputs = kernel.shape[-1] if params["transpose_kernel"] else kernel.shape[-2] * params["groups"]
+    return _image_aval(g, params["window"].counts, inputs, params)
+
+
+def _weights_aval(g: Any, x: Any, **params: Any) -> Any:
+    window, channel = params["window"], _channel(params["window"], params["start"], params["channels_last"])
+    outputs, inputs = g.shape[channel], x.shape[channel]
+    pair = (outputs, inputs) if params["transpose_kernel"] else (inputs, outputs)
+    shape = (*window.shape, pair[0] // params["groups"], pair[1])
+    return _compat.retyped(g, shape, params["out_dtype"], [None] * len(shape))
+
+
+def _native(name: str) -> Callable[..., tuple[str, dict[str, Any]]]:
+    def call(
+        *, window: Window, start: int, channels_last: bool, groups: int, transpose_kernel: bool, **_: Any
+    ) -> tuple[str, dict[str, Any]]:
+        return name, primitive.window_attributes(window, start) | {
+            "channel": np.int64(_channel(window, start, channels_last)),
+            "groups": np.int64(groups),
+            "transpose_kernel": np.int64(transpose_kernel),
+        }
+
+    return call
+
+
+# `vmap` adds a batch axis where only an image is mapped. Otherwise the mapped axis becomes part of a channel
+# axis: of the one that one operand alone has, if that operand alone is mapped, or of the groups.
+
+
+def _insert(x: Array, dim: int, axis: int, outer: int) -> Array:
+    """Moves the axis `dim` into `axis` of the rest, between its first `outer` and its other factor."""
+    x = jnp.moveaxis(x, dim, 0)
+    size, length = x.shape[0], x.shape[axis + 1]
+    split = (size, *x.shape[1 : axis + 1], outer, length // outer, *x.shape[axis + 2 :])
+    x = jnp.moveaxis(x.reshape(split), 0, axis + 1)
+    return x.reshape(*x.shape[:axis], size * length, *x.shape[axis + 3 :])
+
+
+def _extract(x: Array, axis: int, outer: int, size: int) -> Array:
+    """The inverse of `_insert`, with the new axis in front."""
+    inner = x.shape[axis] // (outer * size)
+    x = x.reshape(*x.shape[:axis], outer, size, inner, *x.shape[axis + 1 :])
+    x = jnp.moveaxis(x, axis + 1, 0)
+    return x.reshape(size, *x.shape[1 : axis + 1], outer * inner, *x.shape[axis + 3 :])
+
+
+class _Roles(NamedTuple):
+    """Of the operands and the result of a primitive: which is y, x or the kernel."""
+
+    operands: tuple[str, str]
+    result: str
+
+
+def _batch(roles: _Roles) -> Callable[..., tuple[Array, int]]:
+    def rule(
+        primitive: Any, operands: Sequence[Array], dims: Sequence[int | None], **params: Any
+    ) -> tuple[Array, int]:
+        rank, groups = params["window"].rank, params["groups"]
+        channel = _channel(params["window"], params["start"], params["channels_last"])
+        per_group, full = (rank, rank + 1)  # the kernel's channel axes
+        (size,) = {a.shape[d] for a, d in zip(operands, dims, strict=True) if d is not None}
+
+        def channels(name: str, role: str) -> tuple[int, int]:
+            """The axis of the channels of y or x in an array, and how many groups it holds."""
+            if name != "kernel":
+                return channel, groups
+            return (per_group, 1) if (role == "y") == params["transpose_kernel"] else (full, groups)
+
+        mapped = [name for name, d in zip(roles.operands, dims, strict=True) if d is not None]
+        if len(mapped) == 2:
+            params["groups"] = groups * size
+            whole = {"kernel": full, "x": channel, "y": channel}
+            folded = [
+                _insert(a, d, whole[n], 1)  # type: ignore[arg-type]
+                for a, d, n in zip(operands, dims, roles.operands, strict=True)
+            ]
+            return _extract(primitive.bind(*folded, **params), whole[roles.result], 1, size), 0
+        (name,) = mapped
+        (position,) = (i for i, d in enumerate(dims) if d is not None)
+        moved, dim = operands[position], dims[position]
+        assert dim is not None
+        operands = list(operands)
+        if name != "kernel" and roles.result != "kernel":
+            leading = min(channel, params["start"])
+            at = dim if dim <= leading else 0
+            operands[position] = jnp.moveaxis(moved, dim, at)
+            params["start"] += 1
+            return primitive.bind(*operands, **params), at
+        # The channels that the mapped operand shares with the result alone.
+        role = roles.result if name == "kernel" else name
+        operands[position] = _insert(moved, dim, *channels(name, role))
+        return _extract(primitive.bind(*operands, **params), *channels(roles.result, role), size), 0
+
+    return rule
+
+
+conv_transpose_p = primitive.define(
+    "conv_transpose",
+    _forward_aval,
+    xla_fun=lowered.forward,
+    native=_native("conv_transpose"),
+    batch=_batch(_Roles(("x", "kernel"), "y")),
+)
+conv_transpose_gradient_data_p = primitive.define(
+    "conv_transpose_gradient_data",
+    _data_aval,
+    xla_fun=lowered.gradient_data,
+    native=_native("conv_transpose_gradient_data"),
+    batch=_batch(_Roles(("y", "kernel"), "x")),
+)
+conv_transpose_gradient_weights_p = primitive.define(
+    "conv_transpose_gradient_weights",
+    _weights_aval,
+    xla_fun=lowered.gradient_weights,
+    native=_native("conv_transpose_gradient_weights"),
+    batch=_batch(_Roles(("y", "x"), "kernel")),
+)
+
+
+def _transpose(rule: Callable[..., Array], position: int) -> Callable[..., Array]:
+    """A cotangent rule: `rule` of the cotangent and the other operand, in the type of the operand wanted."""
+
+    def transpose(ct: Array, *operands: Any, out_dtype: Any, **params: Any) -> Array:
+        del out_dtype
+        return rule(ct, operands[1 - position], out_dtype=operands[position].aval.dtype, **params)
+
+    return transpose
+
+
+def _swapped(rule: Callable[..., Array]) -> Callable[..., Array]:
+    return lambda a, b, **params: rule(b, a, **params)
+
+
+primitive.define_multilinear(
+    conv_transpose_p, {0: _transpose(gradient_data, 0), 1: _transpose(gradient_weights, 1)}
+)
+primitive.define_multilinear(
+    conv_transpose_gradient_data_p, {0: _transpose(forward, 0), 1: _transpose(_swapped(gradient_weights), 1)}
+)
+primitive.define_multilinear(
+    conv_transpose_gradient_weights_p,
+    {0: _transpose(_swapped(forward), 0), 1: _transpose(_swapped(gradient_data), 1)},
+)

@@ -1,0 +1,426 @@
+"""Max pooling, its documented gradient, and unpooling.
+
+Four primitives carry the family. Reducing an image gives values, tap numbers, or both. The other two are
+linear and each other's transpose: `take` reads an image at the chosen taps, `put` writes to them. The
+derivative of a maximum is a `take`, its reverse a `put`, and neither needs the image any more: the tap
+number, one byte for windows of up to 128 taps, is the only residual.
+
+    jvp(max) = take(tangent, tap)        transpose(take) = put        transpose(put) = take
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, overload
+
+import jax
+import numpy as np
+from jax import lax
+from jax.interpreters import ad
+from jax.typing import ArrayLike
+
+from jax_mps import _compat, geometry
+from jax_mps.geometry import (
+    DataFormat,
+    Edge,
+    Ints,
+    Padding,
+    Window,
+    place,
+    spatial_start,
+)
+from jax_mps.lowering import pooling, rule
+from jax_mps.ops import edges, operands, primitive
+from jax_mps.ops.operands import FLOATS, INTEGERS
+
+Array = Any
+
+# --- public functions ---------------------------------------------------------------------------------
+
+
+@overload
+def max_pool(
+    x: ArrayLike,
+    window_shape: Ints,
+    *,
+    strides: Ints,
+    padding: Padding = ...,
+    window_dilation: Ints = ...,
+    ceil_mode: bool = ...,
+    return_indices: Literal[False] = ...,
+    data_format: DataFormat = ...,
+    implementation: str | None = ...,
+) -> jax.Array: ...
+@overload
+def max_pool(
+    x: ArrayLike,
+    window_shape: Ints,
+    *,
+    strides: Ints,
+    padding: Padding = ...,
+    window_dilation: Ints = ...,
+    ceil_mode: bool = ...,
+    return_indices: Literal[True],
+    data_format: DataFormat = ...,
+    implementation: str | None = ...,
+) -> tuple[jax.Array, jax.Array]: ...
+def max_pool(
+    x: ArrayLike,
+    window_shape: Ints,
+    *,
+    strides: Ints,
+    padding: Padding = "VALID",
+    window_dilation: Ints = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+    data_format: DataFormat = "channels_last",
+    implementation: str | None = None,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+    """The maximum of every window of an image.
+
+    Along each spatial axis, window `i` has the taps `t_k = strides * i - low + window_dilation * k` for
+    `k < window_shape`, and
+
+        y[..., i, c] = max over the taps inside the image of x[..., t, c].
+
+    Padding never wins, not even against -inf. NaN propagates. The gradient of a window goes to its first
+    maximum in row-major tap order; to its first NaN, if it has one. Differentiable to any order, in
+    forward and reverse mode, dilated windows included; the only residual is the tap number (one byte an
+    output for up to 128 taps).
+
+    Args:
+      x: array of shape `(*batch, *spatial, channels)`, or `(*batch, channels, *spatial)` with
+        `data_format="channels_first"`; 1 to 3 spatial axes, any number of batch axes. float32, float64,
+        float16, bfloat16, int8, int16, int32, uint8, uint16, uint32 or bool.
+      window_shape: taps of a window along each spatial axis, in pixels. If this and `strides` and
+        `window_dilation` are all plain ints, they apply to every spatial axis and `x` has exactly one
+        batch axis; otherwise the length of a tuple is the number of spatial axes.
+      strides: pixels from one window to the next. Libraries disagree about a default, so there is none.
+      padding: "VALID" (none), "SAME" (outputs = ceil(size / strides), the odd pixel after the image), an
+        int for all sides, or a `(low, high)` pair for each spatial axis. Negative numbers crop.
+      window_dilation: pixels from one tap to the next.
+      ceil_mode: rounds the number of windows up instead of down, as PyTorch does: the last windows may
+        hang over the padding, but must start inside the image or its low padding. Not with a string.
+      return_indices: also return where the maxima are.
+      data_format: "channels_last" or "channels_first".
+      implementation: None chooses; "native" or "xla" forces a path.
+
+    Returns:
+      The pooled array, of the type of `x`, with
+      `floor((size + low + high - window_dilation * (window_shape - 1) - 1) / strides) + 1` windows along
+      each spatial axis. With `return_indices` a pair of it and an int32 array of the same shape: the flat
+      row-major position of each maximum in its unpadded spatial plane (PyTorch's convention).
+
+    Raises:
+      TypeError: an argument has the wrong type or an unsupported dtype.
+      ValueError: a value is out of range, lengths disagree, a window would have no tap in the image, the
+        output would be empty, or `implementation="native"` cannot be had.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, jax_mps
+      >>> x = jnp.array([1., 5., 2., 4., 4., 3.]).reshape(1, 6, 1)
+      >>> jax_mps.max_pool(x, 2, strides=2).ravel()
+      Array([5., 4., 4.], dtype=float32)
+      >>> y, at = jax_mps.max_pool(x, 3, strides=2, padding=1, return_indices=True)
+      >>> at.ravel()
+      Array([1, 1, 3], dtype=int32)
+      >>> jax.grad(lambda x: jax_mps.max_pool(x, 2, strides=1, window_dilation=3).sum())(x).ravel()
+      Array([0., 1., 0., 1., 0., 1.], dtype=float32)
+
+    Source: `MPSCNNPoolingMax` and `MPSCNNDilatedPoolingMax` in MPSCNNPooling.h, with padding left out of
+    the maximum as in PyTorch's `max_pool2d`.
+    """
+    image = operands.array("x", x, FLOATS + INTEGERS)
+    placement = place(image.shape, window_shape, strides, padding, window_dilation, ceil_mode, data_format)
+    window, start = placement.window, placement.start
+    geometry.flag("return_indices", return_indices)
+    rule.check_implementation(implementation, static=window.is_static())
+    sizes = image.shape[start : start + window.rank]
+    image = edges.crop(image, placement)
+    if not return_indices:
+        return pool(image, window, start, implementation=implementation)
+    if window.is_static() and math.prod(sizes) > 2**31 - 1:
+        raise ValueError(f"return_indices=True needs spatial planes below 2**31 pixels, got {sizes}")
+    params = {"window": window, "start": start, "implementation": implementation}
+    y, tap = max_pool_with_tap_index_p.bind(image, **params)
+    return y, positions_p.bind(tap, window=window, start=start, crop=placement.crop, sizes=sizes)
+
+
+def max_pool_gradient(
+    source_gradient: ArrayLike,
+    source: ArrayLike,
+    window_shape: Ints,
+    *,
+    strides: Ints,
+    padding: Padding = "VALID",
+    window_dilation: Ints = 1,
+    ceil_mode: bool = False,
+    data_format: DataFormat = "channels_last",
+    implementation: str | None = None,
+) -> jax.Array:
+    """The gradient kernel of `max_pool`: sends each window's gradient to the window's maximum.
+
+        dx[..., t, c] = sum over the windows i whose selected tap is t of source_gradient[..., i, c]
+
+    The selected tap is the first maximum in row-major order, or the first NaN. This is
+    `jax.vjp(max_pool, source)` applied to `source_gradient`; the maxima are found again from `source`.
+    Linear in `source_gradient`; its derivative with respect to `source` is 0.
+
+    Args:
+      source_gradient: gradient of the pooled array: its shape, the dtype of `source`.
+      source: the image that was pooled, of a floating point dtype.
+      window_shape: as for `max_pool`, and so are the arguments that follow.
+      strides: pixels from one window to the next.
+      padding: as for `max_pool`.
+      window_dilation: pixels from one tap to the next.
+      ceil_mode: as for `max_pool`.
+      data_format: "channels_last" or "channels_first".
+      implementation: None chooses; "native" or "xla" forces a path.
+
+    Returns:
+      An array like `source`. Pixels that no window selects get 0. Sums are formed in float32 (float64
+      for float64) and rounded once.
+
+    Raises:
+      TypeError: an argument has the wrong type, or the dtypes are unsupported or differ.
+      ValueError: as for `max_pool`, or the shape of `source_gradient` is not that of the pooled array.
+
+    Examples:
+      >>> import jax.numpy as jnp, jax_mps
+      >>> x = jnp.array([1., 3., 3., 2., 0.]).reshape(1, 5, 1)
+      >>> g = jnp.array([10., 20., 30.]).reshape(1, 3, 1)
+      >>> jax_mps.max_pool_gradient(g, x, 3, strides=2, padding=1).ravel()
+      Array([ 0., 30.,  0., 30.,  0.], dtype=float32)
+
+    Source: `MPSCNNPoolingMaxGradient` and `MPSCNNDilatedPoolingMaxGradient`.
+    """
+    x = operands.array("source", source, FLOATS)
+    g = operands.array("source_gradient", source_gradient, FLOATS)
+    operands.check_same_dtype("source_gradient", g, "source", x)
+    placement = place(x.shape, window_shape, strides, padding, window_dilation, ceil_mode, data_format)
+    window, start = placement.window, placement.start
+    rule.check_implementation(implementation, static=window.is_static())
+    expected = operands.pooled_shape(x.shape, window, start)
+    operands.check_shape("source_gradient", g, expected, "that of the pooled source")
+    dx = gradient(g, edges.crop(x, placement), window, start, implementation=implementation)
+    return edges.uncrop(dx, placement)
+
+
+def max_unpool(
+    y: ArrayLike,
+    indices: ArrayLike,
+    output_shape: Sequence[int],
+    *,
+    data_format: DataFormat = "channels_last",
+    implementation: str | None = None,
+) -> jax.Array:
+    """Puts pooled values back to where they came from, and zeros everywhere else.
+
+    In every spatial plane, `x.flat[indices[...]] = y[...]`. Where several entries name the same position
+    the last one in row-major order stays (after `max_pool` they are equal), and the gradient goes to
+    that one alone. An index outside the plane is dropped.
+
+    On Apple's GPUs, whose plugins have no scatter to rely on, every entry is compared with every pixel of its
+    plane, and large planes are refused when the program is lowered.
+
+    Args:
+      y: values, `(*batch, *spatial, channels)` or channels first, of any dtype that `max_pool` takes.
+      indices: int32 flat positions in the plane, in the shape of `y`, as `max_pool(...,
+        return_indices=True)` gives them.
+      output_shape: the spatial sizes of the result; its length is the number of spatial axes.
+      data_format: "channels_last" or "channels_first".
+      implementation: None chooses; "native" or "xla" forces a path.
+
+    Returns:
+      An array with the dtype, batch and channels of `y` and the spatial sizes `output_shape`.
+
+    Raises:
+      TypeError: an unsupported dtype, `indices` not int32, `output_shape` not a sequence of ints.
+      ValueError: the shapes of `y` and `indices` differ, `output_shape` is not 1 to 3 sizes of at least
+        1 with a plane below 2**31 pixels, or `y` has too few axes.
+
+    Examples:
+      >>> import jax.numpy as jnp, jax_mps
+      >>> x = jnp.array([1., 5., 2., 4.]).reshape(1, 4, 1)
+      >>> y, at = jax_mps.max_pool(x, 2, strides=2, return_indices=True)
+      >>> jax_mps.max_unpool(y, at, (4,)).ravel()
+      Array([0., 5., 0., 4.], dtype=float32)
+
+    Source: PyTorch's `max_unpool2d`, with a fixed rule for duplicates.
+    """
+    values = operands.array("y", y, FLOATS + INTEGERS)
+    positions = operands.array("indices", indices, ("int32",))
+    sizes = geometry.shape("output_shape", output_shape)
+    static = all(isinstance(n, int) for n in sizes)
+    if not 1 <= len(sizes) <= 3 or (static and not 0 < math.prod(sizes) < 2**31):
+        raise ValueError(
+            "output_shape must be 1 to 3 spatial sizes of at least 1 with fewer than 2**31 pixels in all, "
+            f"got {sizes}"
+        )
+    if values.ndim < len(sizes) + 1:
+        raise ValueError(
+            f"y must have {len(sizes)} spatial axes and a channel axis, got shape {values.shape}"
+        )
+    operands.check_shape("indices", positions, values.shape, "that of y")
+    start = spatial_start(values.ndim, len(sizes), data_format)
+    source = tuple(values.shape[start : start + len(sizes)])
+    rule.check_implementation(implementation, static=static and all(isinstance(n, int) for n in source))
+    return max_unpool_p.bind(
+        *_compat.vary_alike(values, positions),
+        sizes=sizes,
+        source=source,
+        start=start,
+        implementation=implementation,
+    )
+
+
+# --- on windows that are placed already ---------------------------------------------------------------
+
+
+def pool(
+    x: Array, window: Window, start: int, *, edge: Edge = "exclude", implementation: str | None = None
+) -> Array:
+    """`max_pool` over the given windows, in any edge mode."""
+    x, window = edges.enclose(x, window, start, edge)
+    return max_pool_p.bind(x, window=window, start=start, implementation=implementation)
+
+
+def gradient(
+    g: Array,
+    x: Array,
+    window: Window,
+    start: int,
+    *,
+    edge: Edge = "exclude",
+    implementation: str | None = None,
+) -> Array:
+    """`max_pool_gradient` over the given windows, in any edge mode.
+
+    A window that selects a zero of its padding loses its gradient; one that selects a repeated pixel
+    sends it to that pixel.
+    """
+    image, inside = edges.enclose(x, window, start, edge)
+    params = {"window": inside, "start": start, "implementation": implementation}
+    wide = rule.accumulator(g.dtype) if edge == "clamp" else g.dtype  # repeated pixels are added up
+    dx = _put(lax.convert_element_type(g, wide), max_pool_tap_index_p.bind(image, **params), **params)
+    return lax.convert_element_type(edges.expose(dx, x, window, start, edge), g.dtype)
+
+
+# --- primitives ---------------------------------------------------------------------------------------
+
+
+def _native(name: str) -> Any:
+    return lambda *, window, start: (name, primitive.window_attributes(window, start))
+
+
+def _tap_aval(x: Any, window: Window, start: int) -> Any:
+    return primitive.image_to_pooled(x, window, start, window.tap_dtype)
+
+
+max_pool_p = primitive.define(
+    "max_pool",
+    lambda x, *, window, start, implementation: primitive.image_to_pooled(x, window, start),
+    xla_fun=pooling.max_pool,
+    native=_native("max_pool"),
+)
+max_pool_tap_index_p = primitive.define(
+    "max_pool_tap_index",
+    lambda x, *, window, start, implementation: _tap_aval(x, window, start),
+    xla_fun=pooling.max_pool_tap_index,
+    native=_native("max_pool_tap_index"),
+)
+max_pool_with_tap_index_p = primitive.define(
+    "max_pool_with_tap_index",
+    lambda x, *, window, start, implementation: [
+        primitive.image_to_pooled(x, window, start),
+        _tap_aval(x, window, start),
+    ],
+    xla_fun=pooling.max_pool_with_tap_index,
+    native=_native("max_pool_with_tap_index"),
+    multiple_results=True,
+)
+max_pool_take_p = primitive.define(
+    "max_pool_take",
+    lambda t, tap, *, window, start, implementation: primitive.image_to_pooled(t, window, start),
+    xla_fun=pooling.max_pool_take,
+    native=_native("max_pool_take"),
+)
+max_pool_put_p = primitive.define(
+    "max_pool_put",
+    lambda g, tap, *, window, start, implementation: primitive.pooled_to_image(g, window, start),
+    xla_fun=pooling.max_pool_put,
+    native=_native("max_pool_put"),
+)
+
+
+positions_p = primitive.define(
+    "max_pool_positions",
+    lambda tap, **params: _compat.retyped(tap, tap.shape, np.dtype(np.int32)),
+    xla_fun=pooling.positions,
+    native=None,
+)
+
+
+def _take(t: Array, tap: Array, **params: Any) -> Array:
+    return max_pool_take_p.bind(*_compat.vary_alike(t, tap), **params)
+
+
+def _put(g: Array, tap: Array, **params: Any) -> Array:
+    return max_pool_put_p.bind(*_compat.vary_alike(g, tap), **params)
+
+
+def _max_jvp(primals: Sequence[Array], tangents: Sequence[Array], **params: Any) -> tuple[Array, Array]:
+    y, tap = max_pool_with_tap_index_p.bind(*primals, **params)
+    return y, _take(tangents[0], tap, **params)
+
+
+def _with_index_jvp(primals: Sequence[Array], tangents: Sequence[Array], **params: Any) -> Any:
+    y, tap = max_pool_with_tap_index_p.bind(*primals, **params)
+    return [y, tap], [_take(tangents[0], tap, **params), _compat.zero_tangent(tap)]
+
+
+def _integer_jvp(primitive: Any) -> Any:
+    def jvp(primals: Sequence[Array], tangents: Sequence[Array], **params: Any) -> tuple[Array, Any]:
+        out = primitive.bind(*primals, **params)
+        return out, _compat.zero_tangent(out)
+
+    return jvp
+
+
+ad.primitive_jvps[max_pool_p] = _max_jvp
+ad.primitive_jvps[max_pool_with_tap_index_p] = _with_index_jvp
+ad.primitive_jvps[max_pool_tap_index_p] = _integer_jvp(max_pool_tap_index_p)
+ad.primitive_jvps[positions_p] = _integer_jvp(positions_p)
+primitive.define_multilinear(max_pool_take_p, {0: lambda ct, _, tap, **params: _put(ct, tap, **params)})
+primitive.define_multilinear(max_pool_put_p, {0: lambda ct, _, tap, **params: _take(ct, tap, **params)})
+
+
+# Unpooling and its transpose; `sizes` are those of the plane, `source` those of the pooled array.
+
+
+def _plane_native(name: str) -> Any:
+    return lambda *, sizes, source, start: (
+        name,
+        {"start": np.int64(start), "rank": np.int64(len(sizes))},
+    )
+
+
+max_unpool_p = primitive.define(
+    "max_unpool",
+    lambda y, indices, *, sizes, source, start, implementation: primitive.resized(y, start, source, sizes),
+    xla_fun=pooling.max_unpool,
+    native=_plane_native("max_unpool"),
+)
+max_unpool_take_p = primitive.define(
+    "max_unpool_take",
+    lambda c, indices, *, sizes, source, start, implementation: primitive.resized(c, start, sizes, source),
+    xla_fun=pooling.max_unpool_take,
+    native=_plane_native("max_unpool_take"),
+)
+primitive.define_multilinear(
+    max_unpool_p, {0: lambda ct, _, indices, **params: max_unpool_take_p.bind(ct, indices, **params)}
+)
+primitive.define_multilinear(
+    max_unpool_take_p, {0: lambda ct, _, indices, **params: max_unpool_p.bind(ct, indices, **params)}
+)
