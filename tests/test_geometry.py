@@ -163,7 +163,7 @@ def test_windows_of_several_axes():
     assert placement.crop == ((0, 0), (0, 0), (1, 0))
     assert placement.pads == ((1, 0), (0, 0), (-1, 0))
     assert (window.rank, window.taps) == (3, 6)
-    assert window.kernel == (3, 2, 1)
+    assert window.shape == (3, 2, 1)
     assert window.sizes == (7, 9, 4)
     assert window.counts == (3, 8, 1)
     assert window.is_static()

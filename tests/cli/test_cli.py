@@ -17,6 +17,7 @@ import jax_mps
 from jax_mps import __main__ as cli
 from jax_mps.cli import extras, plugins
 from jax_mps.cli.bench import runner
+from jax_mps.lowering import library
 
 
 def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
