@@ -23,25 +23,25 @@ Examples:
 """
 
 from jax_mps.mps.coding import CodingError, from_bytes, to_bytes
-from jax_mps.mps.convolution import (
-    BatchNormalization,
-    ConvolutionDataSource,
-    MPSCNNConvolutionDataSource,
-    MPSCNNConvolutionDescriptor,
-)
+from jax_mps.mps.data_source import ConvolutionDataSource, MPSCNNConvolutionDataSource
+from jax_mps.mps.descriptor import BatchNormalization, MPSCNNConvolutionDescriptor
 from jax_mps.mps.draw import draw_windows
-from jax_mps.mps.kernel import MPSCNNBinaryKernel, MPSCNNGradientKernel, MPSCNNKernel, MPSKernel
+from jax_mps.mps.forward import MPSCNNKernel
+from jax_mps.mps.gradient import MPSCNNBinaryKernel, MPSCNNGradientKernel
+from jax_mps.mps.kernel import MPSKernel
 from jax_mps.mps.neuron import MPSNNNeuronDescriptor
 from jax_mps.mps.pooling import (
     MPSCNNDilatedPoolingMax,
-    MPSCNNDilatedPoolingMaxGradient,
     MPSCNNPooling,
     MPSCNNPoolingAverage,
+    MPSCNNPoolingL2Norm,
+    MPSCNNPoolingMax,
+)
+from jax_mps.mps.pooling_gradient import (
+    MPSCNNDilatedPoolingMaxGradient,
     MPSCNNPoolingAverageGradient,
     MPSCNNPoolingGradient,
-    MPSCNNPoolingL2Norm,
     MPSCNNPoolingL2NormGradient,
-    MPSCNNPoolingMax,
     MPSCNNPoolingMaxGradient,
 )
 from jax_mps.mps.states import (
@@ -65,7 +65,8 @@ from jax_mps.mps.structs import (
     MTLRegion,
     MTLSize,
 )
-from jax_mps.mps.transposed import MPSCNNConvolutionTranspose, MPSCNNConvolutionTransposeGradient
+from jax_mps.mps.transposed import MPSCNNConvolutionTranspose
+from jax_mps.mps.transposed_gradient import MPSCNNConvolutionTransposeGradient
 
 __all__ = [
     "BatchNormalization",

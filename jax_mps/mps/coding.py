@@ -17,35 +17,68 @@ import dataclasses
 import enum
 import hashlib
 import json
-from typing import TYPE_CHECKING, Any, NoReturn, Self
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_mps.mps.convolution import (
-    BatchNormalization,
-    ConvolutionDataSource,
-    MPSCNNConvolutionDescriptor,
-)
+from jax_mps.mps.data_source import ConvolutionDataSource
+from jax_mps.mps.descriptor import BatchNormalization, MPSCNNConvolutionDescriptor
+from jax_mps.mps.forward import MPSCNNKernel
+from jax_mps.mps.gradient import MPSCNNBinaryKernel, MPSCNNGradientKernel
+from jax_mps.mps.kernel import MOST_BYTES, MPSKernel, serves_kernels
 from jax_mps.mps.neuron import MPSNNNeuronDescriptor
+from jax_mps.mps.pooling import (
+    MPSCNNDilatedPoolingMax,
+    MPSCNNPooling,
+    MPSCNNPoolingAverage,
+    MPSCNNPoolingL2Norm,
+    MPSCNNPoolingMax,
+)
+from jax_mps.mps.pooling_gradient import (
+    MPSCNNDilatedPoolingMaxGradient,
+    MPSCNNPoolingAverageGradient,
+    MPSCNNPoolingGradient,
+    MPSCNNPoolingL2NormGradient,
+    MPSCNNPoolingMaxGradient,
+)
 from jax_mps.mps.structs import MPSOffset, MTLOrigin, MTLRegion, MTLSize
+from jax_mps.mps.transposed import MPSCNNConvolutionTranspose
+from jax_mps.mps.transposed_gradient import MPSCNNConvolutionTransposeGradient
 
-if TYPE_CHECKING:
-    from jax_mps.mps.kernel import MPSKernel
-
-__all__ = ["Coded", "CodingError", "from_bytes", "to_bytes"]
+__all__ = ["CodingError", "from_bytes", "to_bytes"]
 
 KEY, FORMAT, VERSION = "jax_mps.mps", "jax_mps.mps", 1
-
-MOST_BYTES = 2**30
-"""A longer file is refused unless the caller says otherwise."""
 
 MOST_HEADER = 2**18
 """Bytes of names, shapes and settings; a kernel needs some hundred, and 20 for each slope of a PReLU."""
 
 LARGEST = 2**31 - 1
 """No integer of a kernel is larger, with either sign."""
+
+KERNELS: dict[str, type[MPSKernel]] = {
+    kind.__name__: kind
+    for kind in (
+        MPSKernel,
+        MPSCNNKernel,
+        MPSCNNBinaryKernel,
+        MPSCNNGradientKernel,
+        MPSCNNPooling,
+        MPSCNNPoolingMax,
+        MPSCNNDilatedPoolingMax,
+        MPSCNNPoolingAverage,
+        MPSCNNPoolingL2Norm,
+        MPSCNNPoolingGradient,
+        MPSCNNPoolingMaxGradient,
+        MPSCNNDilatedPoolingMaxGradient,
+        MPSCNNPoolingAverageGradient,
+        MPSCNNPoolingL2NormGradient,
+        MPSCNNConvolutionTranspose,
+        MPSCNNConvolutionTransposeGradient,
+    )
+}
+"""The classes that can be stored: those of `jax_mps.mps`."""
 
 STRUCTS: dict[str, Any] = {
     kind.__name__: kind
@@ -66,8 +99,9 @@ class CodingError(ValueError):
     """Bytes that are no kernel, or not the kernel that was asked for."""
 
 
+@serves_kernels
 def to_bytes(kernel: MPSKernel) -> bytes:
-    """See `Coded.to_bytes`."""
+    """See `MPSKernel.to_bytes`."""
     save = _safetensors().numpy.save
     text, tensors = _document(kernel)
     return save(tensors, metadata={KEY: text})
@@ -103,8 +137,6 @@ def from_bytes(
       >>> mps.from_bytes(kernel.to_bytes()) == kernel
       True
     """
-    from jax_mps import mps
-
     text, tensors = _read(data, most_bytes)
     document = _loads(text)
     if not isinstance(document, dict) or document.get("format") != FORMAT:
@@ -112,8 +144,8 @@ def from_bytes(
     if document.get("version") != VERSION:
         _fail(f"version {document.get('version')!r:.40} is not {VERSION}, the one that this release reads")
     name = document.get("class")
-    kind = getattr(mps, name, None) if isinstance(name, str) and name in mps.__all__ else None
-    if not (isinstance(kind, type) and issubclass(kind, Coded)):
+    kind = KERNELS.get(name) if isinstance(name, str) else None
+    if kind is None:
         _fail(f"{name!r:.80} is no class of kernels")
     if not isinstance(document.get("settings"), dict):
         _fail("the settings are missing")
@@ -132,40 +164,13 @@ def from_bytes(
     return kernel if device is None else kernel.copy(device=device)
 
 
-class Coded:
-    """What every kernel inherits: itself as bytes, and back."""
-
-    def to_bytes(self) -> bytes:
-        """The kernel as bytes, for a file or another process; the counterpart of NSSecureCoding.
-
-        They are a safetensors file: the settings in its metadata, the parameters of a forward transposed
-        convolution as tensors. A gradient kernel is stored without parameters, as the original is: it takes
-        those of the forward kernel. A device is not stored.
-
-        Raises:
-          ImportError: safetensors is not installed.
-          TypeError: the kernel is of a class that `jax_mps.mps` does not have, or its parameters are traced.
-        """
-        return to_bytes(self)  # type: ignore[arg-type]
-
-    @classmethod
-    def from_bytes(
-        cls,
-        data: bytes | bytearray | memoryview,
-        *,
-        weights: Any = None,
-        device: jax.Device | None = None,
-        most_bytes: int = MOST_BYTES,
-    ) -> Self:
-        """The kernel that `to_bytes` of this class, or of one derived from it, gave.
-
-        Arguments, result and errors are those of `mps.from_bytes`; a kernel of another class is a
-        `CodingError` too.
-        """
-        kernel = from_bytes(data, weights=weights, device=device, most_bytes=most_bytes)
-        if not isinstance(kernel, cls):
-            _fail(f"this is an {type(kernel).__name__}, not an {cls.__name__}")
-        return kernel
+@serves_kernels
+def from_bytes_of(cls: type[MPSKernel], data: bytes | bytearray | memoryview, **given: Any) -> MPSKernel:
+    """See `MPSKernel.from_bytes`."""
+    kernel = from_bytes(data, **given)
+    if not isinstance(kernel, cls):
+        _fail(f"this is an {type(kernel).__name__}, not an {cls.__name__}")
+    return kernel
 
 
 # --- the document -------------------------------------------------------------------------------------
@@ -173,16 +178,14 @@ class Coded:
 
 def _document(kernel: Any) -> tuple[str, dict[str, np.ndarray[Any, Any]]]:
     """What describes a kernel, and its parameters."""
-    from jax_mps import mps
-
     name = type(kernel).__name__
-    if getattr(mps, name, None) is not type(kernel):
+    if KERNELS.get(name) is not type(kernel):
         raise TypeError(f"only kernels of jax_mps.mps can be stored, got an instance of {type(kernel)!r}")
     settings, tensors = kernel.settings(), {}
     del settings["device"]
     if hasattr(kernel, "descriptor"):
         settings["descriptor"] = kernel.descriptor
-    if isinstance(kernel, mps.MPSCNNConvolutionTranspose):
+    if isinstance(kernel, MPSCNNConvolutionTranspose):
         state = kernel.export_weights_and_biases()
         if isinstance(state.weights, jax.core.Tracer):
             raise TypeError("a kernel with traced weights cannot be stored: call to_bytes outside of jit")
@@ -200,10 +203,8 @@ def _document(kernel: Any) -> tuple[str, dict[str, np.ndarray[Any, Any]]]:
 
 def _kernel(kind: Any, settings: dict[str, Any], tensors: dict[str, Any], weights: Any) -> Any:
     """The kernel that a document and its tensors describe."""
-    from jax_mps import mps
-
-    forward = issubclass(kind, mps.MPSCNNConvolutionTranspose)
-    gradient = issubclass(kind, mps.MPSCNNConvolutionTransposeGradient)
+    forward = issubclass(kind, MPSCNNConvolutionTranspose)
+    gradient = issubclass(kind, MPSCNNConvolutionTransposeGradient)
     if not set(tensors) <= ({"weights", "biases"} if forward else set()):
         _fail(f"{kind.__name__} is not stored with tensors {sorted(tensors)!r:.80}")
     if gradient and weights is None:

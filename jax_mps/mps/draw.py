@@ -6,7 +6,7 @@ import dataclasses
 import enum
 import html
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,13 +14,14 @@ import numpy as np
 from jax_mps import geometry
 from jax_mps.geometry import Axis
 from jax_mps.mps import picture
+from jax_mps.mps.gradient import MPSCNNBinaryKernel
+from jax_mps.mps.kernel import MPSKernel, serves_kernels
+from jax_mps.mps.parameters import KernelWithParameters
 from jax_mps.mps.picture import Line, Picture
+from jax_mps.mps.placement import Span, clipped
 from jax_mps.mps.structs import MPSImageEdgeMode
 
-if TYPE_CHECKING:
-    from jax_mps.mps.kernel import MPSKernel
-
-__all__ = ["Shown", "draw_windows"]
+__all__ = ["draw_windows"]
 
 Plane = tuple[int, int]
 
@@ -61,7 +62,7 @@ def draw_windows(
       '<svg'
     """
     size = _plane("source_shape", source_shape)
-    forward = not hasattr(kernel, "primary_offset")
+    forward = not isinstance(kernel, MPSCNNBinaryKernel)
     if forward and source_gradient_shape is not None:
         raise ValueError("source_gradient_shape must be None for a forward kernel")
     if not forward and (source_gradient_shape is None or destination_shape is not None):
@@ -81,21 +82,19 @@ def draw_windows(
     return picture.draw(_title(kernel), image, result, rest, rows, columns, _edge(kernel))
 
 
-class Shown:
-    """What every kernel inherits: a table and a picture of itself, for notebooks."""
-
-    def _repr_html_(self) -> str:
-        kernel: Any = self
-        rows = "".join(
-            f"<tr><td style='text-align:left'><code>{name}</code></td>"
-            f"<td style='text-align:left'>{html.escape(_words(value))}</td></tr>"
-            for name, value in _changed(kernel)
-        )
-        try:
-            title, sketch = _title(kernel), _sketch(kernel).svg
-        except (AttributeError, NotImplementedError):  # a base class, which has no windows
-            title, sketch = type(kernel).__name__, ""
-        return f"<div><b>{title}</b><table>{rows}</table>{sketch}</div>"
+@serves_kernels
+def html_of(kernel: MPSKernel) -> str:
+    """A table and a picture of a kernel, for notebooks."""
+    rows = "".join(
+        f"<tr><td style='text-align:left'><code>{name}</code></td>"
+        f"<td style='text-align:left'>{html.escape(_words(value))}</td></tr>"
+        for name, value in _changed(kernel)
+    )
+    try:
+        title, sketch = _title(kernel), _sketch(kernel).svg
+    except (AttributeError, NotImplementedError):  # a base class, which has no windows
+        title, sketch = type(kernel).__name__, ""
+    return f"<div><b>{title}</b><table>{rows}</table>{sketch}</div>"
 
 
 # --- the windows of a kernel --------------------------------------------------------------------------
@@ -112,13 +111,9 @@ def _plane(name: str, shape: Sequence[int]) -> Plane:
 
 def _forward(kernel: Any, source: Plane, destination: Plane | None) -> tuple[Line, Line]:
     """The axes (y, x) of a forward kernel, in the integers that `encode` computes with."""
-    from jax_mps.mps.kernel import clipped
-
     spans = kernel._spans()
     if destination is None:
-        height, width = (
-            kernel._policy(name, n, span)[0] for name, n, span in zip("yx", source, spans, strict=True)
-        )
+        (height, _), (width, _) = kernel._places_by_policy(*source)
         destination = height, width
         kernel = kernel.placed(jax.ShapeDtypeStruct((*source, 1), np.float32))
     origin, size = clipped(kernel.clip_rect, (1, *destination, 1))
@@ -134,13 +129,11 @@ def _forward(kernel: Any, source: Plane, destination: Plane | None) -> tuple[Lin
 
 def _gradient(kernel: Any, source: Plane, gradient: Plane) -> tuple[Line, Line]:
     """The axes (y, x) of a gradient kernel: its forward kernel's windows, of the pixels that count."""
-    from jax_mps.mps.transposed import transposed_axis
-
     spans = kernel._spans()
 
     def line(i: int) -> Line:
-        if hasattr(kernel, "descriptor"):
-            axis = transposed_axis(kernel, kernel.offset, i, source[i], gradient[i])
+        if isinstance(kernel, KernelWithParameters):
+            axis = kernel._axis(i, source[i], gradient[i])
             return Line(_expanded(axis, source[i], spans[i]), gradient[i], 0, spans[i].stride)
         name, bound = "yx"[i], (kernel.source_size.height, kernel.source_size.width)[i]
         begin = getattr(kernel.primary_offset, name)
@@ -154,7 +147,7 @@ def _gradient(kernel: Any, source: Plane, gradient: Plane) -> tuple[Line, Line]:
     return line(0), line(1)
 
 
-def _expanded(axis: Axis, length: int, span: Any) -> Axis:
+def _expanded(axis: Axis, length: int, span: Span) -> Axis:
     """The windows of a transposed convolution on its source with zeros between the pixels."""
     size = max(0, (length - 1) * span.stride + 1)
     return Axis.from_offset(size, span.kernel, 1, span.dilation, axis.total_offset, axis.size)
@@ -190,7 +183,7 @@ def _changed(kernel: Any) -> list[tuple[str, Any]]:
     """The members that have not their default value, and the descriptor of a convolution."""
     defaults = {f.name: f.default for f in dataclasses.fields(kernel)}
     members = [(name, v) for name, v in kernel.settings().items() if v != defaults[name]]
-    if hasattr(kernel, "descriptor"):
+    if isinstance(kernel, KernelWithParameters):
         members.append(("descriptor", kernel.descriptor))
     return members
 
@@ -204,10 +197,10 @@ def _words(value: Any) -> str:
 def _sketch(kernel: Any) -> Picture:
     """The first windows of a kernel, three along each axis, on an image that they just fill."""
     y, x = kernel._spans()
-    if hasattr(kernel, "descriptor"):
+    if isinstance(kernel, KernelWithParameters):
         source, other = (3, 3), (2 * y.stride + 1, 2 * x.stride + 1)
     else:
         source, other = (2 * y.stride + y.extent, 2 * x.stride + x.extent), (3, 3)
-    if hasattr(kernel, "primary_offset"):
+    if isinstance(kernel, MPSCNNBinaryKernel):
         return draw_windows(kernel, source, source_gradient_shape=other)
     return draw_windows(kernel, source, other)

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from jax_mps.mps.descriptor import MPSCNNConvolutionDescriptor
 from jax_mps.mps.structs import MPSCNNConvolutionWeightsLayout, MPSOffset
-
-if TYPE_CHECKING:
-    from jax_mps.mps.convolution import MPSCNNConvolutionDescriptor
 
 Shape = tuple[int, ...]
 ORIGIN = MPSOffset()

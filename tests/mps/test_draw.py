@@ -60,13 +60,13 @@ def test_lines_are_the_windows_of_the_loops(name, monkeypatch):
             first = 0
             if name.endswith("gradient") and not name.startswith("conv"):
                 first = line.first - params["primary_offset"]["yx"[axis]]
-            for window in range(line.axis.out):
+            for window in range(line.axis.windows):
                 centre = centres[axis] + stride[axis] * (first + window)
                 assert line.taps(window) == mps_oracle.taps(centre, kernels[axis], params["dilation"][axis])
         if name.endswith("gradient"):
             continue
         origin, size = mps_oracle.clip(params["clip_rect"], params["destination_shape"])
-        assert [(line.first, line.axis.out) for line in (seen["rows"], seen["columns"])] == [
+        assert [(line.first, line.axis.windows) for line in (seen["rows"], seen["columns"])] == [
             (origin[1], size[1]),
             (origin[2], size[2]),
         ]

@@ -455,7 +455,7 @@ ERRORS = {
     "no source": (
         ValueError,
         "data_source must not be None",
-        lambda: make(CONVOLUTIONS[0])._bare().reload_weights_and_biases_from_data_source(),
+        lambda: make(CONVOLUTIONS[0])._without_arrays().reload_weights_and_biases_from_data_source(),
     ),
     "two tables": (
         ValueError,
@@ -715,7 +715,7 @@ def test_lowered_text_is_that_of_the_function(name, implementation):
 
 
 def test_plans_are_made_once():
-    from jax_mps.mps.kernel import forward_plan
+    from jax_mps.mps.forward import forward_plan
 
     pool, x = make(mps.MPSCNNPoolingMax), jnp.ones((3, 9, 1))
     pool.encode(x)
