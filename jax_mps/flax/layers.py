@@ -6,16 +6,17 @@ Defaults and meaning are Flax's. Beyond its arguments there are keyword argument
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, overload
+from typing import Any, Literal, Protocol, overload
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 import jax_mps
 from jax_mps import conventions, geometry
 from jax_mps.geometry import Ints, Padding
+from jax_mps.ops.convolution import Precision
 from jax_mps.ops.max_pooling import max_unpool
 from jax_mps.ops.operands import FLOATS, INTEGERS, array
 
@@ -267,7 +268,36 @@ def l2_pool(
 # --- the transposed convolution of a layer ------------------------------------------------------------
 
 
-def kernel_shape(layer: Any, inputs: int, outputs: int) -> tuple[int, ...]:
+class TransposedLayer(Protocol):
+    """The attributes of a `ConvTranspose` of either module that say what it computes."""
+
+    @property
+    def kernel_size(self) -> Ints: ...
+    @property
+    def strides(self) -> Ints | None: ...
+    @property
+    def padding(self) -> Any: ...
+    @property
+    def kernel_dilation(self) -> Ints | None: ...
+    @property
+    def mask(self) -> jax.Array | None: ...
+    @property
+    def precision(self) -> Precision: ...
+    @property
+    def preferred_element_type(self) -> DTypeLike | None: ...
+    @property
+    def transpose_kernel(self) -> bool: ...
+    @property
+    def groups(self) -> int: ...
+    @property
+    def output_padding(self) -> Ints: ...
+    @property
+    def padding_convention(self) -> PaddingConvention: ...
+    @property
+    def implementation(self) -> str | None: ...
+
+
+def kernel_shape(layer: TransposedLayer, inputs: int, outputs: int) -> tuple[int, ...]:
     """The shape of the kernel of a layer with so many channels."""
     window = _window(layer)
     groups = geometry.integer("groups", layer.groups)
@@ -281,7 +311,7 @@ def kernel_shape(layer: Any, inputs: int, outputs: int) -> tuple[int, ...]:
     return (*window, inputs // groups, outputs)
 
 
-def masked(layer: Any, kernel: jax.Array) -> jax.Array:
+def masked(layer: TransposedLayer, kernel: jax.Array) -> jax.Array:
     """The kernel times the layer's mask."""
     if layer.mask is None:
         return kernel
@@ -290,7 +320,9 @@ def masked(layer: Any, kernel: jax.Array) -> jax.Array:
     return kernel * layer.mask
 
 
-def transposed(layer: Any, inputs: jax.Array, kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
+def transposed(
+    layer: TransposedLayer, inputs: jax.Array, kernel: jax.Array, bias: jax.Array | None
+) -> jax.Array:
     """The transposed convolution that the attributes of the layer describe, of promoted arrays."""
     window = _window(layer)
     options: dict[str, Any] = {
@@ -318,11 +350,11 @@ def transposed(layer: Any, inputs: jax.Array, kernel: jax.Array, bias: jax.Array
     return y if bias is None else y + jnp.expand_dims(bias.astype(y.dtype), range(y.ndim - 1))
 
 
-def _window(layer: Any) -> tuple[int, ...]:
+def _window(layer: TransposedLayer) -> tuple[int, ...]:
     return (layer.kernel_size,) if isinstance(layer.kernel_size, int) else tuple(layer.kernel_size)
 
 
-def _cut(layer: Any, window: tuple[int, ...], options: dict[str, Any]) -> Any:
+def _cut(layer: TransposedLayer, window: tuple[int, ...], options: dict[str, Any]) -> Any:
     """The layer's padding as `jax_mps.conv_transpose` takes it."""
     padding = layer.padding
     if layer.padding_convention not in ("flax", "torch"):
