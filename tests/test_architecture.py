@@ -24,9 +24,9 @@ ROOMS = (
     ("jax_mps.lowering.library",),  # it loads the native kernels
     ("jax_mps.lowering",),
     ("jax_mps.ops",),
-    ("jax_mps.mps",),
-    ("jax_mps",),  # the public functions, and `mps` on first use
-    ("jax_mps.flax", "jax_mps.stock"),
+    ("jax_mps.mps", "jax_mps.stock"),
+    ("jax_mps",),  # the public functions, and the rooms below on first use
+    ("jax_mps.flax",),
     ("jax_mps.cli",),
     ("jax_mps.__main__",),
 )
@@ -62,7 +62,7 @@ GRAPH = {name: sorted(set(imported(tree))) for name, tree in TREES.items()}
 
 
 def room_of(module: str) -> str:
-    """The longest room that the module is in. In that of the package itself are the public functions alone."""
+    """The longest room that the module is in; in that of the package itself is only `jax_mps/__init__.py`."""
     inner = [room for room in LEVELS if module == room or module.startswith(f"{room}.")]
     room = max(inner, key=len)
     assert room != "jax_mps" or module == "jax_mps", f"{module} is in no room: name its room in ROOMS"
