@@ -15,6 +15,7 @@ from jax_mps import geometry
 from jax_mps.geometry import Axis
 from jax_mps.mps import picture
 from jax_mps.mps.gradient import MPSCNNBinaryKernel
+from jax_mps.mps.gradient_plan import gradient_axes
 from jax_mps.mps.kernel import MPSKernel, serves_kernels
 from jax_mps.mps.parameters import KernelWithParameters
 from jax_mps.mps.picture import Line, Picture
@@ -129,22 +130,20 @@ def _forward(kernel: Any, source: Plane, destination: Plane | None) -> tuple[Lin
 
 def _gradient(kernel: Any, source: Plane, gradient: Plane) -> tuple[Line, Line]:
     """The axes (y, x) of a gradient kernel: its forward kernel's windows, of the pixels that count."""
-    spans = kernel._spans()
-
-    def line(i: int) -> Line:
-        if isinstance(kernel, KernelWithParameters):
-            axis = kernel._axis(i, source[i], gradient[i])
-            return Line(_expanded(axis, source[i], spans[i]), gradient[i], 0, spans[i].stride)
-        name, bound = "yx"[i], (kernel.source_size.height, kernel.source_size.width)[i]
-        begin = getattr(kernel.primary_offset, name)
-        first = max(begin, 0)
-        last = max(first, gradient[i] if bound is None else min(gradient[i], begin + bound))
-        kernel_size, stride, dilation = spans[i]
-        offset = getattr(kernel.secondary_offset, name)
-        axis = Axis.from_offset(source[i], kernel_size, stride, dilation, offset, 0)
-        return Line(axis.select(first - begin, last - first), gradient[i], first, 1, _band(kernel, i))
-
-    return line(0), line(1)
+    if isinstance(kernel, KernelWithParameters):
+        spans = kernel._spans()
+        axes = (kernel._axis(i, source[i], gradient[i]) for i in range(2))
+        rows, columns = (
+            Line(_expanded(axis, n, span), pixels, step=span.stride)
+            for axis, n, span, pixels in zip(axes, source, spans, gradient, strict=True)
+        )
+    else:
+        _, *plane = gradient_axes(kernel, kernel.source_size, (1, *gradient), (1, *source))
+        rows, columns = (
+            Line(axis.axis, gradient[i], axis.pixels[0], band=_band(kernel, i))
+            for i, axis in enumerate(plane)
+        )
+    return rows, columns
 
 
 def _expanded(axis: Axis, length: int, span: Span) -> Axis:

@@ -124,7 +124,7 @@ class MPSCNNKernel(MPSKernel):
     def encode(self, source_image: ArrayLike, destination_image: ArrayLike | None = None) -> jax.Array:
         """Runs the kernel.
 
-        Without a destination, `padding` gives the result its size and the windows their place, in stead of
+        Without a destination, `padding` gives the result its size and the windows their place, instead of
         `offset.x` and `offset.y`; channels before `destination_feature_channel_offset`, and pixels outside
         `clip_rect`, are 0. With a destination, `padding` has no meaning: the result is the destination, with
         the clip rectangle and the channels concerned written anew.

@@ -155,8 +155,8 @@ class _Rectangle(NamedTuple):
 # --- pooling ------------------------------------------------------------------------------------------
 
 
-class _Counting(NamedTuple):
-    """One axis of a pooling's gradient, where images are an axis too, with windows of one image each."""
+class GradientAxis(NamedTuple):
+    """One axis of a pooling's gradient. Images are an axis too, with windows of one image each."""
 
     axis: Axis
     """The windows that count, on the source."""
@@ -168,7 +168,7 @@ class _Counting(NamedTuple):
     @classmethod
     def of(
         cls, span: Span, length: int, windows: int, primary: int, secondary: int, bound: int | None
-    ) -> _Counting:
+    ) -> GradientAxis:
         """The axis of a source of `length` pixels, and a gradient with as many pixels as `windows`.
 
         Args:
@@ -184,6 +184,25 @@ class _Counting(NamedTuple):
         axis = Axis.from_offset(length, span.kernel, span.stride, span.dilation, secondary, 0)
         begin = max(0, secondary - span.extent // 2)
         return cls(axis.select(first - primary, last - first), (first, last), begin)
+
+
+def gradient_axes(
+    kernel: MPSCNNGradientKernel, source_size: MTLSize, g: Shape, x: Shape
+) -> list[GradientAxis]:
+    """The axes of a pooling's gradient: images, y and x, of which `g` and `x` are the sizes."""
+    primary, secondary = kernel.primary_offset, kernel.secondary_offset
+    return [
+        GradientAxis.of(*axis)
+        for axis in zip(
+            (Span(1, 1, 1), *kernel._spans()),
+            x,
+            g,
+            (primary.z, primary.y, primary.x),
+            (secondary.z, secondary.y, secondary.x),
+            (source_size.depth, source_size.height, source_size.width),
+            strict=True,
+        )
+    ]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -203,19 +222,7 @@ def pooling_plan(
         )
     rectangle = _Rectangle.of(kernel, four(destination), read)
 
-    primary, secondary = kernel.primary_offset, kernel.secondary_offset
-    images, *plane = (
-        _Counting.of(*axis)
-        for axis in zip(
-            (Span(1, 1, 1), *kernel._spans()),
-            x[:3],
-            g[:3],
-            (primary.z, primary.y, primary.x),
-            (secondary.z, secondary.y, secondary.x),
-            (source_size.depth, source_size.height, source_size.width),
-            strict=True,
-        )
-    )
+    images, *plane = gradient_axes(kernel, source_size, g[:3], x[:3])
 
     # Of the images only those that lie in the source, and come out in the clip rectangle.
     low = images.axis.low

@@ -76,6 +76,14 @@ def document(data):
     return json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["jax_mps.mps"])
 
 
+def test_every_class_can_be_stored():
+    from jax_mps.mps import coding
+
+    public = [getattr(mps, name) for name in mps.__all__]
+    kernels = {kind for kind in public if isinstance(kind, type) and issubclass(kind, mps.MPSKernel)}
+    assert set(coding.KERNELS.values()) == kernels
+
+
 @pytest.mark.parametrize("kernel", KERNELS, ids=IDS)
 def test_round_trip(kernel):
     data = kernel.to_bytes()
