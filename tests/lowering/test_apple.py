@@ -21,7 +21,7 @@ from jax_mps.lowering import apple as checker
 def slow_but(sample, cases):
     """Parametrises over cases, of which all but a sample are slow."""
     assert set(sample) <= set(cases)
-    return [c if c in sample else pytest.param(*c, marks=pytest.mark.slow) for c in cases]
+    return [c if c in sample else pytest.param(*c, marks=pytest.mark.full) for c in cases]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -372,7 +372,7 @@ def test_unpooling_of_entries_that_name_a_pixel_twice_or_none(native):
         apple.check_close(run(apple.Function("unpool", f, (y, at))), jax.tree.leaves(jax.jit(f)(y, at)), how)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("case", [("pool", "stem"), ("conv", "upsample")])
 def test_programs_agree_when_mlx_fuses_them(case, native):
     """Through `mx.compile`, as the plugin does; on the CPU that takes a C++ compiler, and long."""

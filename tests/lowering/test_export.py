@@ -95,7 +95,7 @@ def check_close(actual: Any, expected: Any) -> None:
     ("kind", "window"),
     [
         *(
-            pytest.param(kind, window, marks=[pytest.mark.slow] if (i + j) % 2 else [])
+            pytest.param(kind, window, marks=[pytest.mark.full] if (i + j) % 2 else [])
             for i, kind in enumerate(("max with indices", "avg", "avg excluding", "l2"))
             for j, window in enumerate(WINDOWS)
         ),

@@ -142,7 +142,7 @@ MORE_ORDERS = [
 
 @pytest.mark.parametrize(
     ("op", "name", "order"),
-    [*ORDERS, *(pytest.param(*call, marks=pytest.mark.slow) for call in MORE_ORDERS)],
+    [*ORDERS, *(pytest.param(*call, marks=pytest.mark.full) for call in MORE_ORDERS)],
     ids=str,
 )
 def test_check_grads(op, name, order, implementation, x64):

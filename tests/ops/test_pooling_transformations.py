@@ -142,7 +142,7 @@ def on_paths(argnames: str, values: Sequence[tuple[Any, ...]], *, alternate: boo
             if value[0].startswith("conv_transpose"):
                 marks = [] if implementation == "native" else None
             else:
-                marks = [pytest.mark.slow] if alternate and (i + j) % 2 else []
+                marks = [pytest.mark.full] if alternate and (i + j) % 2 else []
             if marks is not None:
                 paths.append(pytest.param(implementation, *value, marks=marks))
     return pytest.mark.parametrize(f"implementation, {argnames}", paths, indirect=["implementation"])

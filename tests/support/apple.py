@@ -124,7 +124,7 @@ def all_modes(function: Function) -> Function:
     return Function(function.name, call, tuple(variant.operands for variant in variants))
 
 
-def functions(family: str, name: str, data_format: str, dtype: Any = np.float32) -> list[Function]:
+def functions(family: str, name: str, data_format: DataFormat, dtype: Any = np.float32) -> list[Function]:
     return list({"pool": poolings, "conv": transposed}[family](name, data_format, dtype))
 
 
