@@ -1,11 +1,17 @@
 """The native library as a library: that it is used, when not, and when it is refused."""
 
+import _ctypes
 import ctypes
 import functools
+import os
+import re
+import shutil
+import subprocess
 import sys
 import types
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -178,10 +184,8 @@ def test_a_library_that_xla_refuses_is_not_used(monkeypatch):
         assert not load().available
 
 
-NEWER = """
+USE = """
 import warnings
-from jax_mps import _compat
-_compat.ffi_api_minor = lambda: 0
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     import numpy as np, jax, jax.numpy as jnp, jax_mps
@@ -192,15 +196,88 @@ with warnings.catch_warnings(record=True) as caught:
 print(jax_mps.native_available(), float(y), float(dx.sum()), len(caught))
 print(caught[0].message)
 """
+NEWER = "from jax_mps import _compat; _compat.ffi_api_minor = lambda: 0"
 
 
 @pytest.mark.usefixtures("native")
 def test_a_library_newer_than_jaxlib_is_refused_with_one_warning():
-    first, second = finish(start(NEWER, JAX_MPS_NATIVE="auto")).splitlines()
+    first, second = finish(start(f"{NEWER}\n{USE}", JAX_MPS_NATIVE="auto")).splitlines()
     assert first == "False 40.0 4.0 1"
     assert second.startswith(
         "jax_mps uses its StableHLO path on the CPU: the native library speaks FFI API 0."
     )
+
+
+# --- source and library from different installations --------------------------------------------------
+
+
+@pytest.fixture
+def clone(native, tmp_path):
+    """A folder with the package as it is in a clone: Python files alone, and no library."""
+    source = Path(jax_mps.__file__).parent
+    ignored = shutil.ignore_patterns("native", "__pycache__")
+    shutil.copytree(source, tmp_path / "jax_mps", ignore=ignored)
+    return tmp_path
+
+
+def start_in(clone: Path, code: str, **environment: str) -> Any:
+    """Starts Python where the clone comes first, before what is installed."""
+    path = os.pathsep.join([str(clone), os.environ.get("PYTHONPATH", "")])
+    return start(code, PYTHONPATH=path, **environment)
+
+
+def make_older(clone: Path) -> None:
+    if finish(start_in(clone, "import jax_mps; print(jax_mps.__file__)")).strip().startswith(str(clone)):
+        (clone / "jax_mps" / "_version.py").write_text('__version__ = "0.0.1"\n')
+    else:
+        pytest.skip("an editable installation comes before every path")
+
+
+def test_a_clone_takes_the_installed_library(clone):
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONSAFEPATH"}
+    command = [sys.executable, "-m", "jax_mps", "info", "--require-native"]
+    run = subprocess.run(command, cwd=clone, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert library.status().path in run.stdout
+
+
+def test_a_clone_of_another_version_is_told_to_install_again(clone):
+    make_older(clone)
+    first, second = finish(start_in(clone, USE, JAX_MPS_NATIVE="auto")).splitlines()
+    assert first == "False 40.0 4.0 1"
+    assert second == (
+        "jax_mps uses its StableHLO path on the CPU: the native library is stale: it has interface "
+        f"{library.INTERFACE} of version {jax_mps.__version__}, this jax_mps interface {library.INTERFACE} "
+        "of version 0.0.1; install again"
+    )
+
+
+def test_a_clone_of_another_version_does_not_do_where_the_library_is_required(clone):
+    make_older(clone)
+    process = start_in(clone, USE, JAX_MPS_NATIVE="required")
+    _, errors = process.communicate(timeout=240)
+    assert process.returncode == 1
+    refusal = r"^RuntimeError: JAX_MPS_NATIVE=required, but the native library is stale: .*; install again"
+    assert re.search(refusal, errors, re.MULTILINE), errors
+
+
+@pytest.mark.parametrize(("name", "value"), [("INTERFACE", 1000), ("__version__", "1000.0")])
+@pytest.mark.usefixtures("native")
+def test_another_interface_or_version_is_refused(monkeypatch, name, value):
+    monkeypatch.delenv("JAX_MPS_NATIVE", raising=False)
+    monkeypatch.setattr(library, name, value)
+    stale = rf"the native library is stale: .*\b{value}.*; install again"
+    with pytest.warns(UserWarning, match=stale):
+        assert not load().available
+    monkeypatch.setenv("JAX_MPS_NATIVE", "required")
+    with pytest.warns(UserWarning, match=stale), pytest.raises(RuntimeError, match=stale):
+        load()
+
+
+def test_a_library_that_names_no_interface_is_refused(elsewhere):
+    elsewhere.symlink_to(_ctypes.__file__)
+    with pytest.warns(UserWarning, match="interface 0 of version unknown, this jax_mps .*; install again"):
+        assert not load().available
 
 
 @pytest.mark.usefixtures("native")
