@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
-import itertools
-import math
 import os
-import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import jax
 import pytest
 
+import sampling
 from jax_mps.lowering import library
 
 # Compiling takes most of the time of these tests, and optimising most of that. XLA reads this when it
@@ -29,9 +27,6 @@ pytest.register_assert_rewrite("oracle", "flax_arrays")
 # Programs that tests start run on what was installed, whatever folder they start in.
 os.environ["PYTHONSAFEPATH"] = "1"
 
-MOST_CASES = 24
-"""The sample holds about as many cases of one test."""
-
 _IMPORTS_TORCH = re.compile(r"import .*\btorch\b")
 
 
@@ -46,45 +41,13 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Iterator[None]:
-    mark_sample(items, config.getoption("seed"))
+    sampling.mark_sample(items, config.getoption("seed"))
     yield  # `-m`, `-k` and others choose
     items[:] = items[:: config.getoption("every")]
     if importlib.util.find_spec("torch") is None:
         for item in items:
             if isinstance(item, pytest.DoctestItem) and _IMPORTS_TORCH.search(item.dtest.docstring or ""):
                 item.add_marker(pytest.mark.skip("PyTorch is missing"))
-
-
-def mark_sample(items: Sequence[pytest.Item], seed: int) -> None:
-    """Marks what runs by default with `sample`, and every test with `full`, as a few mark themselves."""
-    tests: dict[str, list[pytest.Item]] = {}
-    for item in items:
-        if item.get_closest_marker("full") is None:
-            tests.setdefault(item.nodeid.partition("[")[0], []).append(item)
-    for name, cases in tests.items():
-        for item in sample(cases, random.Random(f"{seed} {name}")):
-            item.add_marker(pytest.mark.sample)
-    for item in items:
-        item.add_marker(pytest.mark.full)
-
-
-def sample(cases: list[pytest.Item], rng: random.Random) -> list[pytest.Item]:
-    """Cases of one test with every value, and every pair of values, of parameters that have few."""
-    if len(cases) <= MOST_CASES:
-        return cases
-    cases = rng.sample(cases, len(cases))
-    values = [{k: repr(v) for k, v in item.callspec.params.items()} for item in cases]
-    counts = {k: len({v[k] for v in values}) for k in values[0]}
-    groups = [g for n in (1, 2) for g in itertools.combinations(counts, n)]
-    groups = [g for g in groups if math.prod(counts[k] for k in g) <= MOST_CASES]
-    features = [{(g, *(v[k] for k in g)) for g in groups} for v in values]
-    chosen: list[int] = []
-    missing = set().union(*features)
-    while missing:
-        chosen.append(max(range(len(cases)), key=lambda i: len(features[i] & missing)))
-        missing -= features[chosen[-1]]
-    others = [i for i in range(len(cases)) if i not in chosen]
-    return [cases[i] for i in (chosen + others)[: max(MOST_CASES, len(chosen))]]
 
 
 @pytest.fixture

@@ -90,7 +90,7 @@ def check_close(actual: Any, expected: Any) -> None:
             oracle.assert_close(a, e, length=256)
 
 
-# Every other pair of a kind and a window, like the squares of one colour; the rest is slow.
+# Every other pair of a kind and a window, like the squares of one colour; the rest runs in the whole grids.
 @pytest.mark.parametrize(
     ("kind", "window"),
     [

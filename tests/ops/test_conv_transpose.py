@@ -116,7 +116,6 @@ def test_eager_equals_jit_bit_by_bit(implementation):
         np.testing.assert_array_equal(op.apply(arrays, **call), compiled[op.name])
 
 
-@pytest.mark.full
 @pytest.mark.parametrize("seed", range(200))
 def test_random_calls(seed, implementation):
     rng = np.random.default_rng(seed)

@@ -134,7 +134,7 @@ def on_paths(argnames: str, values: Sequence[tuple[Any, ...]], *, alternate: boo
 
     Transposed convolutions run natively alone here: their rules know nothing of implementations, and XLA
     takes long to compile its own. For the same reasons tests of what JAX does around a call `alternate`
-    between the implementations; the rest is slow.
+    between the implementations; the rest runs in the whole grids.
     """
     paths = []
     for i, value in enumerate(values):

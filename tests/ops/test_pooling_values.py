@@ -290,7 +290,6 @@ def test_large_planes(op, shape, case, implementation):
     check(op, x, case.window_shape, y, **case.geometry, **op.options)
 
 
-@pytest.mark.full
 @pytest.mark.parametrize("seed", range(300))
 def test_random_calls(seed, implementation):
     """Value and both gradients of a random call."""
