@@ -1,4 +1,4 @@
-"""What all tests share: the two CPU paths, strict promotion, 64-bit types."""
+"""What all tests share: the sample of the grids, the two CPU paths, strict promotion, 64-bit types."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import jax
 import pytest
 
+import sampling
 from jax_mps.lowering import library
 
 # Compiling takes most of the time of these tests, and optimising most of that. XLA reads this when it
@@ -23,15 +24,25 @@ if "xla_backend_optimization_level" not in FLAGS:
 
 pytest.register_assert_rewrite("oracle", "flax_arrays")
 
+# Programs that tests start run on what was installed, whatever folder they start in.
+os.environ["PYTHONSAFEPATH"] = "1"
+
 _IMPORTS_TORCH = re.compile(r"import .*\btorch\b")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--seed", type=int, default=0, metavar="N", help="chooses the sample of large grids")
     parser.addoption("--every", type=int, default=1, metavar="N", help="run only every N-th test")
 
 
-@pytest.hookimpl(trylast=True)  # of those that the other options leave
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+def pytest_report_header(config: pytest.Config) -> str:
+    return f"sample of the grids: --seed {config.getoption('seed')} (`-m full` runs the whole grids)"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Iterator[None]:
+    sampling.mark_sample(items, config.getoption("seed"))
+    yield  # `-m`, `-k` and others choose
     items[:] = items[:: config.getoption("every")]
     if importlib.util.find_spec("torch") is None:
         for item in items:

@@ -82,9 +82,9 @@ def test_numbers_of_windows(size, kernel, stride, dilation, ceil_mode):
             "ceil_mode": ceil_mode,
         }
         valid = (
-            reference.out > 0
+            reference.windows > 0
             and reference.last > reference.first
-            and all(reference.count(i, (0, 0)) for i in range(reference.out))
+            and all(reference.counted(i, (0, 0)) for i in range(reference.windows))
         )
         if not valid:
             with pytest.raises(ValueError, match=r"window_shape|padding"):
@@ -92,7 +92,7 @@ def test_numbers_of_windows(size, kernel, stride, dilation, ceil_mode):
             continue
         placement = placed((1, size, 1), (kernel,), **arguments)
         (axis,) = placement.window.axes
-        assert axis.windows == reference.out
+        assert axis.windows == reference.windows
         assert placement.crop == ((max(-lo, 0), max(-hi, 0)),)
         assert axis.size == reference.last - reference.first
         # The same pixels, counted from the first one that is left.
@@ -105,7 +105,7 @@ def test_same_padding(size, kernel, stride, dilation):
     ((lo, hi),) = jax.lax.padtype_to_pads((size,), (extent,), (stride,), "SAME")
     arguments = {"strides": stride, "padding": "SAME", "window_dilation": dilation}
     reference = oracle.line(size, kernel, stride, dilation, (lo, hi), False)
-    if not all(reference.count(i, (0, 0)) for i in range(reference.out)):
+    if not all(reference.counted(i, (0, 0)) for i in range(reference.windows)):
         assert dilation > 1  # such a window may step over the whole image
         with pytest.raises(ValueError, match="without a valid tap"):
             placed((1, size, 1), (kernel,), **arguments)

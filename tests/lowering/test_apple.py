@@ -18,10 +18,10 @@ import oracle
 from jax_mps.lowering import apple as checker
 
 
-def slow_but(sample, cases):
-    """Parametrises over cases, of which all but a sample are slow."""
+def mainly(sample, cases):
+    """Parametrises over cases, of which all but a few run in the whole grids alone."""
     assert set(sample) <= set(cases)
-    return [c if c in sample else pytest.param(*c, marks=pytest.mark.slow) for c in cases]
+    return [c if c in sample else pytest.param(*c, marks=pytest.mark.full) for c in cases]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -44,7 +44,7 @@ SAMPLED = [
 
 
 @pytest.mark.parametrize("mode", apple.MODES)
-@pytest.mark.parametrize(("family", "name", "data_format"), slow_but(SAMPLED, LOWERED))
+@pytest.mark.parametrize(("family", "name", "data_format"), mainly(SAMPLED, LOWERED))
 def test_only_operations_that_the_plugins_have(family, name, data_format, mode):
     """Every function, rank, layout, dilation, group and padding, with its derivatives and maps."""
     platform, found = {"jvp": "mps", "vjp of vjp": "mps"}.get(mode, "METAL"), {}
@@ -307,7 +307,7 @@ EXECUTED_SAMPLE = [
 ]
 
 
-@pytest.mark.parametrize(("family", "name", "data_format"), slow_but(EXECUTED_SAMPLE, EXECUTED))
+@pytest.mark.parametrize(("family", "name", "data_format"), mainly(EXECUTED_SAMPLE, EXECUTED))
 @pytest.mark.parametrize("how", RUNS)
 def test_programs_agree_with_the_native_kernels(how, family, name, data_format, native):
     """Derivatives and maps included, all in one program."""
@@ -372,7 +372,7 @@ def test_unpooling_of_entries_that_name_a_pixel_twice_or_none(native):
         apple.check_close(run(apple.Function("unpool", f, (y, at))), jax.tree.leaves(jax.jit(f)(y, at)), how)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("case", [("pool", "stem"), ("conv", "upsample")])
 def test_programs_agree_when_mlx_fuses_them(case, native):
     """Through `mx.compile`, as the plugin does; on the CPU that takes a C++ compiler, and long."""

@@ -237,7 +237,7 @@ ELSEWHERE = {
 }  # fmt: skip
 CHOSEN = [(p, n, grid.FORMATS[i % 2]) for p, names in ELSEWHERE.items() for i, n in enumerate(names)]
 OTHERS = [
-    pytest.param(p, n, f, marks=pytest.mark.slow)
+    pytest.param(p, n, f, marks=pytest.mark.full)
     for p in ("apple", "cuda", "any")
     for n in convs.CASES
     for f in grid.FORMATS

@@ -90,12 +90,12 @@ def check_close(actual: Any, expected: Any) -> None:
             oracle.assert_close(a, e, length=256)
 
 
-# Every other pair of a kind and a window, like the squares of one colour; the rest is slow.
+# Every other pair of a kind and a window, like the squares of one colour; the rest runs in the whole grids.
 @pytest.mark.parametrize(
     ("kind", "window"),
     [
         *(
-            pytest.param(kind, window, marks=[pytest.mark.slow] if (i + j) % 2 else [])
+            pytest.param(kind, window, marks=[pytest.mark.full] if (i + j) % 2 else [])
             for i, kind in enumerate(("max with indices", "avg", "avg excluding", "l2"))
             for j, window in enumerate(WINDOWS)
         ),

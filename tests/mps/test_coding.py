@@ -343,6 +343,6 @@ def test_mutated_bytes(traced_memory):
     fuzz(range(500))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_many_mutated_bytes(traced_memory):
     fuzz(range(500, 20_500))

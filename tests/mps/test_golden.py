@@ -36,7 +36,7 @@ def test_native(name, native):
     check(name, "native")
 
 
-@pytest.mark.slow  # the compiler's time
+@pytest.mark.full  # the compiler's time
 @pytest.mark.parametrize("name", CASES)
 def test_stablehlo(name):
     check(name, "xla")

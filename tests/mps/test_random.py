@@ -58,7 +58,7 @@ def test_xla(name, x64):
     compare(name, range(180, 200), "xla")
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("part", range(4))
 @pytest.mark.parametrize("name", mps_random.CLASSES)
 def test_many(name, part, implementation, x64):

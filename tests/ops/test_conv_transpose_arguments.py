@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +9,7 @@ import pytest
 
 import grid
 import jax_mps
+from processes import finish, start
 
 X = np.zeros((2, 4, 5, 6), np.float32)
 KERNEL = np.zeros((3, 2, 6, 4), np.float32)
@@ -370,8 +367,8 @@ def test_not_arrays(function):
 # --- the native implementation where it cannot be had -------------------------------------------------
 
 WITHOUT_NATIVE = """
-import numpy as np, jax, jax_mps
-assert not jax_mps.native_available()
+import numpy as np, jax_mps
+from without_native import check_refused
 x, k, g = (np.ones(s, np.float32) for s in ((1, 4, 1), (2, 1, 1), (1, 8, 1)))
 calls = [
     lambda i: jax_mps.conv_transpose(x, k, strides=2, implementation=i),
@@ -380,25 +377,13 @@ calls = [
 ]
 for call, expected in zip(calls, (1, 2, 4), strict=True):
     np.testing.assert_array_equal(call(None), np.full(call("xla").shape, expected))
-    for run in (call, lambda i: jax.eval_shape(lambda: call(i))):
-        try:
-            run("native")
-        except ValueError as error:
-            assert str(error) == "implementation='native' cannot be had: JAX_MPS_NATIVE=off", error
-        else:
-            raise AssertionError("native did not raise")
+check_refused(calls)
 print("done")
 """
 
 
 def test_native_switched_off():
-    environment = {**os.environ, "JAX_MPS_NATIVE": "off", "JAX_PLATFORMS": "cpu"}
-    result = subprocess.run(
-        [sys.executable, "-c", WITHOUT_NATIVE], env=environment, capture_output=True, text=True, timeout=240,
-        check=False,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    assert result.stdout == "done\n"
+    assert finish(start(WITHOUT_NATIVE, JAX_MPS_NATIVE="off")) == "done\n"
 
 
 @every_function

@@ -149,8 +149,8 @@ def lax_transposed(case, data_format, x, kernel):
     strides, dilation = (oracle.each_axis(v, case.rank) for v in (case.strides, case.kernel_dilation))
     pads = []
     for line, s in zip(case.lines, strides, strict=True):
-        extent, expanded = (line.kernel - 1) * line.dilation + 1, (line.out - 1) * s + 1
-        low = extent - 1 - line.lo
+        extent, expanded = (line.taps - 1) * line.dilation + 1, (line.windows - 1) * s + 1
+        low = extent - 1 - line.low
         pads.append((low, line.size + extent - 1 - expanded - low))
     letters = "DHW"[3 - case.rank :]
     layout = f"N{letters}C" if data_format == "channels_last" else f"NC{letters}"

@@ -21,26 +21,14 @@ from devices import (
     collectives,
     four_devices,
     needs_explicit_sharding,
-    run_on_four_devices,
     shard_map,
+    test_on_four_devices,
 )
+from jax_mps.lowering import library
 
-__all__ = ["four_devices"]  # a fixture that every test here uses
+# The fixture that every test here uses, and the test that starts them.
+__all__ = ["four_devices", "test_on_four_devices"]
 
-
-@pytest.mark.parametrize(
-    "group",
-    [
-        "TestShardMap",
-        "TestAutomaticSharding",
-        pytest.param("TestExplicitSharding", marks=needs_explicit_sharding),
-    ],
-)
-def test_on_four_devices(group):
-    run_on_four_devices(__file__, group)
-
-
-test_on_four_devices.__test__ = not INSIDE
 
 # --- what is computed ---------------------------------------------------------------------------------
 
@@ -148,7 +136,7 @@ class TestShardMap:
             mapped = shard_map(function(op), self.mesh(4), specs, P("d"))
             text = jax.jit(mapped).lower(*operands).compile().as_text()
             name = {"forward": "", "data": "_gradient_data", "weights": "_gradient_weights"}[op.name]
-            assert f'"jax_mps.1.conv_transpose{name}"' in text
+            assert f'"{library.target("conv_transpose" + name)}"' in text
             assert not collectives(text)
 
 

@@ -8,6 +8,8 @@ import pytest
 
 import jax_mps
 
+needs_memory = pytest.mark.full  # 2 to 4 GiB
+
 N = 2**31 + 2**20
 ROW = 2**13
 FAR = (2**18 + 64) * ROW + 64 * 5 + 1
@@ -26,6 +28,7 @@ def where(y):
     return {int(i): int(y[i]) for i in np.flatnonzero(y)}
 
 
+@needs_memory
 def test_a_long_axis(image, implementation):
     """Channels first: one axis of 2**31 pixels and more, windows of 2**16 that touch each other."""
     pool = jax.jit(
@@ -38,6 +41,7 @@ def test_a_long_axis(image, implementation):
     assert where(y) == {0: 3, 2**15 - 1: 5, 2**15: 7, FAR // 2**16: 9}
 
 
+@needs_memory
 def test_a_large_plane(image, implementation):
     """Channels last: two axes, windows of 2 x 2 pixels far apart, two of which hold a number."""
 
@@ -51,6 +55,7 @@ def test_a_large_plane(image, implementation):
     assert where(y) == {2**18 // 64 * columns: 7, (2**18 + 64) // 64 * columns + 5: 9}
 
 
+@needs_memory
 def test_a_gradient_of_a_large_image(native):
     """The native kernel alone: XLA's needs a float32 copy of the image, too much memory for a test."""
     shape = (1, N // 2**12, 2**12, 1)

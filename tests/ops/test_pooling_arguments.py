@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +9,7 @@ import pytest
 
 import grid
 import jax_mps
+from processes import finish, start
 
 X = np.zeros((2, 8, 9, 3), np.float32)
 LAST = {"window_shape": (2, 2), "strides": (2, 2)}
@@ -375,8 +372,8 @@ def test_unpool():
 # --- the native implementation where it cannot be had -------------------------------------------------
 
 WITHOUT_NATIVE = """
-import numpy as np, jax, jax_mps
-assert not jax_mps.native_available()
+import numpy as np, jax_mps
+from without_native import check_refused
 x = np.arange(8, dtype=np.float32).reshape(1, 8, 1)
 y, at = jax_mps.max_pool(x, 2, strides=2, return_indices=True)
 np.testing.assert_array_equal(y.ravel(), [1, 3, 5, 7])
@@ -392,40 +389,13 @@ calls = [
 ]
 for call in calls:
     np.testing.assert_array_equal(call(None), call("xla"))
-    for run in (call, lambda i: jax.eval_shape(lambda: call(i))):
-        try:
-            run("native")
-        except ValueError as error:
-            assert str(error) == "implementation='native' cannot be had: JAX_MPS_NATIVE=off", error
-        else:
-            raise AssertionError("native did not raise")
+check_refused(calls)
 print("done")
 """
 
 
-def run_python(program, switch):
-    environment = {**os.environ, "JAX_MPS_NATIVE": switch, "JAX_PLATFORMS": "cpu"}
-    return subprocess.run(
-        [sys.executable, "-c", program],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-
-
 def test_native_switched_off():
-    result = run_python(WITHOUT_NATIVE, "off")
-    assert result.returncode == 0, result.stderr
-    assert result.stdout == "done\n"
-    assert "warn" not in result.stderr.lower()
-
-
-def test_an_unknown_switch():
-    result = run_python("import jax_mps; jax_mps.native_available()", "maybe")
-    assert result.returncode != 0
-    assert "JAX_MPS_NATIVE must be 'auto', 'off' or 'required', got 'maybe'" in result.stderr
+    assert finish(start(WITHOUT_NATIVE, JAX_MPS_NATIVE="off")) == "done\n"
 
 
 # --- empty arrays are not bad arguments ---------------------------------------------------------------

@@ -23,7 +23,7 @@ def derivatives(name, data_format, implementation):
     case = grid.CASES[name]
     shape = case.shape(data_format)
     call = {**case.geometry, "data_format": data_format, "implementation": implementation}
-    outs = tuple(a.out for a in oracle.lines(case.sizes, case.window_shape, **case.geometry))
+    outs = tuple(a.windows for a in oracle.lines(case.sizes, case.window_shape, **case.geometry))
     images = {op.name: op.image(shape, np.float32) for op in OPS}
     g = oracle.normal(case._replace(sizes=outs).shape(data_format), seed=1)
     t = oracle.normal(shape, seed=2)
@@ -142,7 +142,7 @@ MORE_ORDERS = [
 
 @pytest.mark.parametrize(
     ("op", "name", "order"),
-    [*ORDERS, *(pytest.param(*call, marks=pytest.mark.slow) for call in MORE_ORDERS)],
+    [*ORDERS, *(pytest.param(*call, marks=pytest.mark.full) for call in MORE_ORDERS)],
     ids=str,
 )
 def test_check_grads(op, name, order, implementation, x64):

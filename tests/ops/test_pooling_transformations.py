@@ -134,7 +134,7 @@ def on_paths(argnames: str, values: Sequence[tuple[Any, ...]], *, alternate: boo
 
     Transposed convolutions run natively alone here: their rules know nothing of implementations, and XLA
     takes long to compile its own. For the same reasons tests of what JAX does around a call `alternate`
-    between the implementations; the rest is slow.
+    between the implementations; the rest runs in the whole grids.
     """
     paths = []
     for i, value in enumerate(values):
@@ -142,7 +142,7 @@ def on_paths(argnames: str, values: Sequence[tuple[Any, ...]], *, alternate: boo
             if value[0].startswith("conv_transpose"):
                 marks = [] if implementation == "native" else None
             else:
-                marks = [pytest.mark.slow] if alternate and (i + j) % 2 else []
+                marks = [pytest.mark.full] if alternate and (i + j) % 2 else []
             if marks is not None:
                 paths.append(pytest.param(implementation, *value, marks=marks))
     return pytest.mark.parametrize(f"implementation, {argnames}", paths, indirect=["implementation"])

@@ -14,6 +14,7 @@ import convs
 import grid
 import jax_mps
 import oracle
+from jax_mps.geometry import DataFormat
 
 
 class Function(NamedTuple):
@@ -37,8 +38,8 @@ def in_mode(function: Function, mode: str) -> list[Function]:
     if mode == "forward":
         return [function]
     if mode == "vmap":
-        maps = {tuple(0 if i in (j, count) else None for i in range(count)) for j in range(count)}
-        maps = sorted(maps | {(0,) * count}, key=str)
+        one = {tuple(0 if i in (j, count) else None for i in range(count)) for j in range(count)}
+        maps = sorted(one | {(0,) * count}, key=str)
         return [
             Function(
                 f"{function.name}, vmap {axes}",
@@ -74,7 +75,7 @@ def in_mode(function: Function, mode: str) -> list[Function]:
     return [Function(f"{function.name}, {mode}", call, arguments)]
 
 
-def poolings(name: str, data_format: str, dtype: Any = np.float32) -> Iterator[Function]:
+def poolings(name: str, data_format: DataFormat, dtype: Any = np.float32) -> Iterator[Function]:
     """All functions of the poolings of a window: the poolings, their gradient kernels, unpooling."""
     case = grid.CASES[name]
     call = {**case.geometry, "data_format": data_format}
@@ -123,7 +124,7 @@ def all_modes(function: Function) -> Function:
     return Function(function.name, call, tuple(variant.operands for variant in variants))
 
 
-def functions(family: str, name: str, data_format: str, dtype: Any = np.float32) -> list[Function]:
+def functions(family: str, name: str, data_format: DataFormat, dtype: Any = np.float32) -> list[Function]:
     return list({"pool": poolings, "conv": transposed}[family](name, data_format, dtype))
 
 

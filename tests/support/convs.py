@@ -195,7 +195,7 @@ class Op(NamedTuple):
         return self.name
 
     def of(self, arrays: Arrays) -> tuple[np.ndarray, np.ndarray]:
-        return tuple(getattr(arrays, name) for name in self.operands)  # type: ignore[return-value]
+        return tuple(getattr(arrays, name) for name in self.operands)
 
     def apply(self, arrays: Arrays, **call: Any) -> Any:
         third = [getattr(arrays, name).shape for name in ("x", "kernel", "g") if name not in self.operands]

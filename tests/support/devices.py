@@ -11,7 +11,6 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -27,18 +26,27 @@ needs_explicit_sharding = pytest.mark.skipif(
 )
 
 
-def run_on_four_devices(file: str, group: str) -> None:
-    """Runs a class of tests in a process with four devices; fails with its report."""
+@pytest.mark.parametrize(
+    "group",
+    [
+        "TestShardMap",
+        "TestAutomaticSharding",
+        pytest.param("TestExplicitSharding", marks=needs_explicit_sharding),
+    ],
+)
+def test_on_four_devices(request: pytest.FixtureRequest, group: str) -> None:
+    """Runs a class of tests of the file that imports this, in a process with four devices."""
     flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ.get("XLA_FLAGS", ""))
     environment = {
         "JAX_MPS_TEST_DEVICES": "4",
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count=4",
     }
+    chosen = [f"-m={request.config.option.markexpr}", f"--seed={request.config.option.seed}"]
     pytest_command = [sys.executable, "-m", "pytest", *["-n0"] * bool(importlib.util.find_spec("xdist"))]
     outer = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
     run = subprocess.run(
-        [*pytest_command, "-p", "no:cacheprovider", "-q", f"{Path(file)}::{group}"],
+        [*pytest_command, "-p", "no:cacheprovider", "-q", *chosen, f"{request.path}::{group}"],
         env=outer | environment,
         capture_output=True,
         text=True,
@@ -47,6 +55,9 @@ def run_on_four_devices(file: str, group: str) -> None:
     )
     assert run.returncode == 0, f"{run.stdout}\n{run.stderr}"
     assert re.search(r"\b\d+ passed", run.stdout), run.stdout
+
+
+test_on_four_devices.__test__ = not INSIDE  # type: ignore[attr-defined]
 
 
 def collectives(text: str) -> set[str]:

@@ -51,7 +51,8 @@ def filled_nnx(make: Any) -> Any:
 
 def close(actual: Any, expected: Any, tolerance: float = 1e-5) -> None:
     """The same trees and types and, to a tolerance of the greatest value, numbers."""
-    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    structure: Any = jax.tree.structure(actual)
+    assert structure == jax.tree.structure(expected)
     for ours, theirs in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
         ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)

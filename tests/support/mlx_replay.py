@@ -48,7 +48,8 @@ def replay(lowered: Any, *operands: Any, compiled: bool = False) -> list[np.ndar
         results = (mx.compile(run) if compiled else run)(*arguments)
         mx.eval(results)
     function = apple.main(module)
-    declared = ir.TypeAttr(function.attributes["function_type"]).value.results
+    kind_of_main: Any = ir.TypeAttr(function.attributes["function_type"]).value
+    declared = kind_of_main.results
     for result, kind in zip(results, declared, strict=True):
         assert (list(result.shape), result.dtype) == (list(kind.shape), _dtype(kind)), kind
     return [_to_numpy(result) for result in results]
@@ -171,7 +172,9 @@ _HANDLERS: dict[str, Callable[..., Array]] = {
     "stablehlo.and": lambda op, a, b: mx.bitwise_and(a, b),
     "stablehlo.broadcast_in_dim": _broadcast_in_dim,
     "stablehlo.compare": _compare,
-    "stablehlo.concatenate": lambda op, *parts: mx.concatenate(parts, apple.numbers(op, "dimension")[0]),
+    "stablehlo.concatenate": lambda op, *parts: mx.concatenate(
+        list(parts), apple.numbers(op, "dimension")[0]
+    ),
     "stablehlo.constant": _constant,
     "stablehlo.convert": lambda op, x: x.astype(_dtype(op.results[0].type)),
     "stablehlo.convolution": _convolution,

@@ -102,6 +102,7 @@ def build(case: dict[str, Any], implementation: str | None = None, dtype: str = 
             **members,
         )
     weights, bias = array(case["inputs"]["weights"]), array(case["inputs"].get("bias"))
+    assert weights is not None
     source = mps.ConvolutionDataSource(
         descriptor(params, weights),
         jnp.asarray(weights, dtype),

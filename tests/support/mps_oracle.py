@@ -8,13 +8,19 @@ the order z (images), y, x; two-element lists of a case are `[y, x]`, its struct
 
 import itertools
 import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
-Case = dict  # {"op": str, "params": {...}, "inputs": {name: array or None}}
+Struct = dict[str, Any]
+Pair = Sequence[int]  # y and x
+Address = tuple[int, int] | None
+Outputs = dict[str, np.ndarray | None]
+Case = dict[str, Any]  # {"op": str, "params": {...}, "inputs": {name: array or None}}
 
 
-def run(case):
+def run(case: Case) -> Outputs:
     """The outputs of a case, by name; an output that was not asked for is None."""
     with np.errstate(all="ignore"):
         inputs = {
@@ -26,17 +32,17 @@ def run(case):
 # Windows
 
 
-def dilated_extent(kernel, dilation):
+def dilated_extent(kernel: int, dilation: int) -> int:
     return (kernel - 1) * dilation + 1
 
 
-def taps(centre, kernel, dilation):
+def taps(centre: int, kernel: int, dilation: int) -> list[int]:
     """The coordinates that a window reads; an even extent leans to the top left."""
     first = centre - dilated_extent(kernel, dilation) // 2
     return [first + dilation * k for k in range(kernel)]
 
 
-def address(tap, length, edge_mode):
+def address(tap: int, length: int, edge_mode: str) -> int | None:
     """The pixel that a tap reads, or None for the constant zero."""
     if 0 <= tap < length:
         return tap
@@ -45,7 +51,7 @@ def address(tap, length, edge_mode):
     return 0 if tap < 0 else length - 1
 
 
-def window(params, centres, lengths, edge_mode):
+def window(params: Struct, centres: Pair, lengths: Pair, edge_mode: str) -> list[Address]:
     """The (y, x) addresses of all taps in row-major order; None where either coordinate is outside."""
     rows, columns = (
         [address(tap, length, edge_mode) for tap in taps(centre, kernel, dilation)]
@@ -53,15 +59,15 @@ def window(params, centres, lengths, edge_mode):
             centres, params["kernel"], params["dilation"], lengths, strict=True
         )
     )
-    return [None if None in pair else pair for pair in itertools.product(rows, columns)]
+    return [None if y is None or x is None else (y, x) for y, x in itertools.product(rows, columns)]
 
 
-def values(image, addresses):
+def values(image: np.ndarray, addresses: Sequence[Address]) -> np.ndarray:
     """What the taps read, `[taps, C]`."""
     return np.array([np.zeros(image.shape[-1]) if at is None else image[at] for at in addresses])
 
 
-def divisor(params, centres, lengths):
+def divisor(params: Struct, centres: Pair, lengths: Pair) -> int:
     """How many pixels an average counts."""
     count = 1
     for axis, name in enumerate("yx"):
@@ -74,7 +80,7 @@ def divisor(params, centres, lengths):
     return count
 
 
-def average_taps(params, centres, lengths):
+def average_taps(params: Struct, centres: Pair, lengths: Pair) -> list[tuple[int, int]]:
     """The addresses of the taps inside the image: outside ones add nothing, whatever the edge mode."""
     return [at for at in window(params, centres, lengths, "zero") if at is not None]
 
@@ -82,11 +88,11 @@ def average_taps(params, centres, lengths):
 # Structs
 
 
-def zyx(struct):
+def zyx(struct: Struct) -> tuple[int, int, int]:
     return tuple(struct[name] for name in "zyx")
 
 
-def clip(rectangle, destination_shape):
+def clip(rectangle: Struct | None, destination_shape: Sequence[int]) -> tuple[Sequence[int], Sequence[int]]:
     """First pixel and size of the rectangle cut with the destination, as (z, y, x)."""
     bounds = destination_shape[:3]
     if rectangle is None:
@@ -103,23 +109,23 @@ def clip(rectangle, destination_shape):
     return origin, size
 
 
-def channels(available, offset, max_count):
+def channels(available: int, offset: int, max_count: int | None) -> int:
     left = available - offset
     return left if max_count is None else min(left, max_count)
 
 
-def destination_of(params):
+def destination_of(params: Struct) -> np.ndarray:
     return np.full(params["destination_shape"], params["destination_fill"], np.float64)
 
 
-def pixels(size):
+def pixels(size: Sequence[int]) -> Iterator[tuple[int, ...]]:
     return itertools.product(*(range(n) for n in size))
 
 
 # Pooling
 
 
-def pool_forward(params, source):
+def pool_forward(params: Struct, source: np.ndarray) -> Outputs:
     result = destination_of(params)
     (z0, y0, x0), size = clip(params["clip_rect"], result.shape)
     first = params["source_feature_channel_offset"]
@@ -137,7 +143,7 @@ def pool_forward(params, source):
     return {"destination": result}
 
 
-def pool_window(params, image, centres):
+def pool_window(params: Struct, image: np.ndarray, centres: Pair) -> np.ndarray:
     lengths = image.shape[:2]
     if params["kind"] == "average":
         count = divisor(params, centres, lengths)
@@ -151,7 +157,7 @@ def pool_window(params, image, centres):
     return read.max(axis=0)  # a NaN among the taps stays
 
 
-def pool_gradient(params, source_gradient, source):
+def pool_gradient(params: Struct, source_gradient: np.ndarray, source: np.ndarray) -> Outputs:
     derivative = np.zeros_like(source)
     primary, secondary = zyx(params["primary_offset"]), zyx(params["secondary_offset"])
     size = params["source_size"] or {}
@@ -179,7 +185,9 @@ def pool_gradient(params, source_gradient, source):
     return {"destination": result}
 
 
-def pool_window_gradient(params, gradient, image, centres, derivative):
+def pool_window_gradient(
+    params: Struct, gradient: np.ndarray, image: np.ndarray, centres: Pair, derivative: np.ndarray
+) -> None:
     """Adds to `derivative` what one pixel of the incoming gradient, `[C]`, sends to the source image."""
     lengths = image.shape[:2]
     if params["kind"] == "average":
@@ -191,7 +199,7 @@ def pool_window_gradient(params, gradient, image, centres, derivative):
     read = values(image, addresses)
     if params["kind"] == "l2norm":
         norm = np.sqrt((read**2).sum(axis=0))
-        for at in set(addresses) - {None}:
+        for at in {at for at in addresses if at is not None}:
             share = addresses.count(at) * image[at] / norm
             derivative[at] += np.where(norm == 0, 0.0, gradient * share)
         return
@@ -205,7 +213,7 @@ def pool_window_gradient(params, gradient, image, centres, derivative):
 # Transposed convolution
 
 
-def total_offset(params):
+def total_offset(params: Struct) -> list[int]:
     """Where the first window's centre lies in the expanded image, (y, x)."""
     return [
         params["offset"][name] * params["stride"][axis] + params["kernel_offset"][name]
@@ -213,7 +221,7 @@ def total_offset(params):
     ]
 
 
-def expanded(source, stride):
+def expanded(source: np.ndarray, stride: Sequence[int]) -> np.ndarray:
     """The source with `stride - 1` zeros between neighbours."""
     n, height, width, c = source.shape
     wide = np.zeros(
@@ -223,7 +231,9 @@ def expanded(source, stride):
     return wide
 
 
-def conv_transpose_forward(params, source, weights, bias):
+def conv_transpose_forward(
+    params: Struct, source: np.ndarray, weights: np.ndarray, bias: np.ndarray | None
+) -> Outputs:
     assert params["edge_mode"] == "zero"
     result = destination_of(params)
     (z0, y0, x0), size = clip(params["clip_rect"], result.shape)
@@ -248,7 +258,7 @@ def conv_transpose_forward(params, source, weights, bias):
     return {"destination": result}
 
 
-def neuron(descriptor, x, channel):
+def neuron(descriptor: Struct, x: Any, channel: int) -> Any:
     kind = descriptor["type"].replace("_", "").lower()
     a, b, c = (descriptor[name] for name in "abc")
     match kind:
@@ -287,7 +297,9 @@ def neuron(descriptor, x, channel):
     raise ValueError(kind)
 
 
-def conv_transpose_gradient(params, source_gradient, source, weights):
+def conv_transpose_gradient(
+    params: Struct, source_gradient: np.ndarray, source: np.ndarray, weights: np.ndarray
+) -> Outputs:
     outputs, kernel_height, kernel_width, group_inputs = weights.shape
     group_outputs = outputs // params["groups"]
     (sy, sx), (dy, dx) = params["stride"], params["dilation"]
@@ -316,7 +328,7 @@ def conv_transpose_gradient(params, source_gradient, source, weights):
     }
 
 
-OPERATIONS = {
+OPERATIONS: dict[str, Callable[..., Outputs]] = {
     "pool_forward": pool_forward,
     "pool_gradient": pool_gradient,
     "conv_transpose_forward": conv_transpose_forward,

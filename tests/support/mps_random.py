@@ -6,19 +6,27 @@ channel ranges, ties, NaN and infinities.
 """
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
+Case = dict[str, Any]
+Struct = dict[str, Any]
+Operation = tuple[Struct, dict[str, np.ndarray | None]]  # parameters and inputs
+
 POOLINGS = ("max", "average", "l2norm", "dilated_max")
-CLASSES = {
+CLASSES: dict[str, tuple[str, str | None]] = {
     **{f"{kind}": ("pool_forward", kind) for kind in POOLINGS},
     **{f"{kind}_gradient": ("pool_gradient", kind) for kind in POOLINGS},
     "conv_transpose": ("conv_transpose_forward", None),
     "conv_transpose_gradient": ("conv_transpose_gradient", None),
 }
 DTYPES = {"float32": np.float32, "float64": np.float64, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
-NEURONS = {  # parameters under which the values here stay far from poles and overflow
+NEURONS: dict[
+    str, dict[str, float]
+] = {  # parameters under which the values here stay far from poles and overflow
     "none": {},
     "relu": {"a": 0.25},
     "linear": {"a": 0.5, "b": -1.0},
@@ -42,44 +50,44 @@ NEURONS = {  # parameters under which the values here stay far from poles and ov
 class Random:
     """One random case: in golden.json's schema, and the type in which the classes are to see it."""
 
-    case: dict
+    case: Case
     dtype: str
 
 
-def draw(name, index):
+def draw(name: str, index: int) -> Random:
     """Case number `index` of a class in `CLASSES`; the same on every machine."""
     rng = np.random.default_rng([list(CLASSES).index(name), index])
     dtype = str(rng.choice(list(DTYPES), p=[0.6, 0.2, 0.1, 0.1]))
     op, kind = CLASSES[name]
-    params, inputs = _Draw(rng, dtype).__getattribute__(op)(kind)
+    params, inputs = getattr(_Draw(rng, dtype), op)(kind)
     case = {"id": f"{name}-{index}", "op": op, "params": params, "inputs": inputs}
     return Random(case, dtype)
 
 
 class _Draw:
-    def __init__(self, rng, dtype):
+    def __init__(self, rng: np.random.Generator, dtype: str) -> None:
         self.rng, self.dtype = rng, dtype
 
     # Scalars
 
-    def integer(self, low, high):
+    def integer(self, low: int, high: int) -> int:
         return int(self.rng.integers(low, high, endpoint=True))
 
-    def chance(self, probability):
+    def chance(self, probability: float) -> bool:
         return bool(self.rng.random() < probability)
 
-    def size(self, high=6):
+    def size(self, high: int = 6) -> int:
         return 0 if self.chance(0.01) else self.integer(1, high)
 
-    def side(self, high):
+    def side(self, high: int) -> int:
         """The larger of two sizes: most images are no line."""
         return max(self.size(high), self.size(high)) if self.chance(0.9) else self.size(high)
 
-    def start(self, length):
+    def start(self, length: int) -> int:
         """The first of `length` things; now and then there is none."""
         return length if self.chance(0.03) else self.integer(0, max(0, length - 1) // 2)
 
-    def offset(self, centre):
+    def offset(self, centre: int) -> int:
         """Near `centre`, sometimes far away."""
         if self.chance(0.05):
             return centre + self.integer(-15, 15)
@@ -87,7 +95,7 @@ class _Draw:
 
     # Arrays
 
-    def array(self, shape, special=True):
+    def array(self, shape: int | Sequence[int], special: bool = True) -> np.ndarray:
         """Values that the type can hold; few distinct ones for ties, or many."""
         if self.chance(0.5):
             x = self.rng.integers(-2, 2, shape, endpoint=True).astype(np.float64)
@@ -100,21 +108,21 @@ class _Draw:
 
     # Structs
 
-    def geometry(self, kind):
+    def geometry(self, kind: str) -> Struct:
         """Kernel, stride and dilation of both axes, and where to look for interesting offsets."""
         kernel = [self.integer(1, 9) if self.chance(0.1) else self.integer(1, 4) for _ in range(2)]
         stride = [self.integer(1, 4) for _ in range(2)]
         dilation = [self.integer(1, 3) if kind in ("dilated_max", "any") else 1 for _ in range(2)]
         return {"kernel": kernel, "stride": stride, "dilation": dilation}
 
-    def edges(self, kind):
+    def edges(self, kind: str) -> Struct:
         """Edge mode, and a band of zeros that averages may count."""
         band = {"x": 0, "y": 0}
         if kind == "average":
             band = {"x": self.integer(0, 3), "y": self.integer(0, 3)}
         return {"edge_mode": str(self.rng.choice(["zero", "clamp"])), "zero_pad": band}
 
-    def clip_rect(self, shape, depth):
+    def clip_rect(self, shape: Sequence[int], depth: int) -> Struct | None:
         """None, or a rectangle that may hang over, of `depth` images where that is a number."""
         if self.chance(0.5):
             return None
@@ -128,7 +136,7 @@ class _Draw:
         return {"origin": origin, "size": size}
 
     @staticmethod
-    def images(clip_rect, n):
+    def images(clip_rect: Struct | None, n: int) -> int:
         """How many of `n` destination images a clip rectangle holds."""
         if clip_rect is None:
             return n
@@ -137,7 +145,7 @@ class _Draw:
 
     # The operations
 
-    def pool_forward(self, kind):
+    def pool_forward(self, kind: str) -> Operation:
         params = {"kind": kind, **self.geometry(kind), **self.edges(kind)}
         height, width, channels = self.side(7), self.side(7), self.size(3)
         n = self.size(2)
@@ -163,11 +171,11 @@ class _Draw:
         }
         return params, {"source": self.array((images, height, width, channels))}
 
-    def centre(self, params, z):
+    def centre(self, params: Struct, z: int) -> Struct:
         y, x = ((k - 1) * d // 2 for k, d in zip(params["kernel"], params["dilation"], strict=True))
         return {"x": self.offset(x), "y": self.offset(y), "z": z}
 
-    def pool_gradient(self, kind):
+    def pool_gradient(self, kind: str) -> Operation:
         params = {"kind": kind, **self.geometry(kind), **self.edges(kind)}
         source = [self.size(2), self.side(7), self.side(7), self.size(3)]
         gradient = [self.size(2), self.side(7), self.side(7), source[3]]
@@ -199,7 +207,7 @@ class _Draw:
         # NaN of a gradient stays where it belongs.
         return params, {"source_gradient": self.array(gradient), "source": self.array(source)}
 
-    def transposed(self):
+    def transposed(self) -> tuple[Struct, tuple[int, ...]]:
         """Parameters of both transposed convolutions, the shape of the weights, and a total offset."""
         window = self.geometry("any")
         if self.chance(0.3):
@@ -213,7 +221,7 @@ class _Draw:
             within[name] = 0 if self.chance(0.3) else self.offset((kernel[axis] - 1) // 2)
         return {**window, "offset": offset, "kernel_offset": within, "groups": groups}, weights
 
-    def conv_transpose_forward(self, _):
+    def conv_transpose_forward(self, _: None) -> Operation:
         params, weights = self.transposed()
         n = self.size(2)
         shape = [n, self.size(8), self.size(8), weights[0]]
@@ -241,7 +249,7 @@ class _Draw:
             "bias": bias,
         }
 
-    def conv_transpose_gradient(self, _):
+    def conv_transpose_gradient(self, _: None) -> Operation:
         params, weights = self.transposed()
         params["gradient_option"] = int(self.rng.choice([1, 2, 3, 3, 3]))
         n = self.size(2)

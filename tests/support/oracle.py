@@ -28,22 +28,22 @@ class Line(NamedTuple):
     """The windows along one axis. Pixels `first .. last - 1` are the image, any other is outside."""
 
     size: int
-    kernel: int
+    taps: int
     stride: int
     dilation: int
-    lo: int
-    out: int
+    low: int
+    windows: int
     first: int
     last: int
     band: tuple[int, int] = (0, 0)
     """Pixels around the image that the divisor of an average may count."""
 
     def tap(self, i: int, k: int) -> int:
-        return self.stride * i - self.lo + self.dilation * k
+        return self.stride * i - self.low + self.dilation * k
 
-    def count(self, i: int, band: tuple[int, int]) -> int:
+    def counted(self, i: int, band: tuple[int, int]) -> int:
         """Taps of window `i` in the image or in a band around it."""
-        taps = [self.tap(i, k) for k in range(self.kernel)]
+        taps = [self.tap(i, k) for k in range(self.taps)]
         return sum(self.first - band[0] <= t < self.last + band[1] for t in taps)
 
 
@@ -142,11 +142,12 @@ def windows(axes: Sequence[Line], edge: str) -> Iterator[tuple[Pixel, list[Pixel
             return t
         return min(max(t, axis.first), axis.last - 1) if edge == "clamp" else None
 
-    for i in np.ndindex(*(a.out for a in axes)):
-        reads = []
-        for k in itertools.product(*(range(a.kernel) for a in axes)):
-            pixel = tuple(address(a, a.tap(*at)) for a, at in zip(axes, zip(i, k, strict=True), strict=True))
-            if None not in pixel:
+    for i in np.ndindex(*(a.windows for a in axes)):
+        reads: list[Pixel | None] = []
+        for k in itertools.product(*(range(a.taps) for a in axes)):
+            found = (address(a, a.tap(*at)) for a, at in zip(axes, zip(i, k, strict=True), strict=True))
+            pixel = tuple(at for at in found if at is not None)
+            if len(pixel) == len(axes):
                 reads.append(pixel)
             elif edge != "exclude":
                 reads.append(None)
@@ -163,7 +164,7 @@ def values(x: np.ndarray, reads: Sequence[Pixel | None]) -> np.ndarray:
 
 def max_of(x: np.ndarray, axes: Sequence[Line], edge: str) -> tuple[np.ndarray, np.ndarray]:
     """Maxima, and the flat position of the pixel that each was read from (-1: it was an outside 0)."""
-    shape = (*(a.out for a in axes), x.shape[-1])
+    shape = (*(a.windows for a in axes), x.shape[-1])
     y, position = np.zeros(shape, x.dtype), np.zeros(shape, np.int64)
     for i, reads in windows(axes, edge):
         inside = values(x, reads)
@@ -184,7 +185,7 @@ def max_gradient_of(g: np.ndarray, x: np.ndarray, axes: Sequence[Line], edge: st
 
 
 def average_of(x: np.ndarray, axes: Sequence[Line], divisor: Callable[[Pixel], int]) -> np.ndarray:
-    y = np.zeros((*(a.out for a in axes), x.shape[-1]))
+    y = np.zeros((*(a.windows for a in axes), x.shape[-1]))
     for i, reads in windows(axes, "zero"):
         y[i] = values(x, reads).sum(axis=0) / divisor(i) if divisor(i) else 0
     return y
@@ -200,7 +201,7 @@ def average_gradient_of(g: np.ndarray, axes: Sequence[Line], divisor: Callable[[
 
 
 def norm_of(x: np.ndarray, axes: Sequence[Line], edge: str) -> np.ndarray:
-    y = np.zeros((*(a.out for a in axes), x.shape[-1]))
+    y = np.zeros((*(a.windows for a in axes), x.shape[-1]))
     for i, reads in windows(axes, edge):
         y[i] = np.hypot.reduce(values(x, reads), axis=0)  # neither overflows nor underflows
     return y
@@ -217,7 +218,7 @@ def norm_gradient_of(g: np.ndarray, x: np.ndarray, axes: Sequence[Line], edge: s
 
 def counted(axes: Sequence[Line], bands: Sequence[tuple[int, int]]) -> Callable[[Pixel], int]:
     """A divisor: the taps in the image or in a band around it, axis by axis."""
-    return lambda i: math.prod(a.count(n, band) for a, n, band in zip(axes, i, bands, strict=True))
+    return lambda i: math.prod(a.counted(n, band) for a, n, band in zip(axes, i, bands, strict=True))
 
 
 # --- transposed convolution on (spatial..., groups, channels of a group, vector) ------------------------
@@ -227,8 +228,8 @@ def counted(axes: Sequence[Line], bands: Sequence[tuple[int, int]]) -> Callable[
 
 def products(axes: Sequence[Line]) -> Iterator[tuple[Pixel, Pixel, Pixel]]:
     """Every pixel of the source, every tap, and the pixel of the result where they meet."""
-    for j in np.ndindex(*(a.out for a in axes)):
-        for k in itertools.product(*(range(a.kernel) for a in axes)):
+    for j in np.ndindex(*(a.windows for a in axes)):
+        for k in itertools.product(*(range(a.taps) for a in axes)):
             i = tuple(a.tap(*at) for a, at in zip(axes, zip(j, k, strict=True), strict=True))
             if all(0 <= t < a.size for t, a in zip(i, axes, strict=True)):
                 yield i, j, k
@@ -244,14 +245,14 @@ def transposed_of(x: np.ndarray, kernel: np.ndarray, axes: Sequence[Line]) -> np
 
 def transposed_data_of(g: np.ndarray, kernel: np.ndarray, axes: Sequence[Line]) -> np.ndarray:
     groups, inputs = kernel.shape[len(axes)], kernel.shape[-1]
-    dx = np.zeros((*(a.out for a in axes), groups, inputs, g.shape[-1]))
+    dx = np.zeros((*(a.windows for a in axes), groups, inputs, g.shape[-1]))
     for i, j, k in products(axes):
         dx[j] += kernel[k].swapaxes(-1, -2) @ g[i]
     return dx
 
 
 def transposed_weights_of(g: np.ndarray, x: np.ndarray, axes: Sequence[Line]) -> np.ndarray:
-    dk = np.zeros((*(a.kernel for a in axes), *g.shape[-3:-1], x.shape[-2]))
+    dk = np.zeros((*(a.taps for a in axes), *g.shape[-3:-1], x.shape[-2]))
     for i, j, k in products(axes):
         dk[k] += g[i] @ x[j].swapaxes(-1, -2)
     return dk
@@ -264,7 +265,7 @@ def kernel_in(kernel: Any, groups: int, transpose_kernel: bool) -> np.ndarray:
     kernel = kernel.reshape(*window, per_group, groups, full // groups)
     if transpose_kernel:
         return kernel.swapaxes(-3, -2)
-    return np.moveaxis(np.flip(kernel, range(len(window))), -3, -1)
+    return np.moveaxis(np.flip(kernel, tuple(range(len(window)))), -3, -1)
 
 
 def kernel_out(kernel: np.ndarray, groups: int, transpose_kernel: bool) -> np.ndarray:
@@ -273,7 +274,7 @@ def kernel_out(kernel: np.ndarray, groups: int, transpose_kernel: bool) -> np.nd
     if transpose_kernel:
         kernel = kernel.swapaxes(-3, -2)
     else:
-        kernel = np.flip(np.moveaxis(kernel, -1, -3), range(len(window)))
+        kernel = np.flip(np.moveaxis(kernel, -1, -3), tuple(range(len(window))))
     return kernel.reshape(*window, kernel.shape[-3], groups * kernel.shape[-1])
 
 
