@@ -1,4 +1,4 @@
-"""Draws the pictures of the documentation that are in git: `python docs/charts.py`, after a change of numbers.
+"""Draws the pictures of the documentation that are in git. After a change of numbers: `python docs/charts.py`.
 
 A chart for every `benchmarks/*.json`, and the windows of the start page. Needs matplotlib, and nothing else.
 """

@@ -1,6 +1,7 @@
-"""Shows mkdocstrings that `@kernel_class` makes a dataclass, and `setting` a field: so each kernel has a signature.
+"""Shows mkdocstrings that `@kernel_class` makes a dataclass, and `setting` a field.
 
-mkdocstrings reads the source without importing it, and its reader, Griffe, knows the decorator of `dataclasses` alone.
+mkdocstrings reads the source without importing it. Its reader, Griffe, knows the decorator of `dataclasses`
+alone, so the kernels of `jax_mps.mps` would have no signature.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ import re
 from typing import Any
 
 import griffe
+
+INHERITED = re.compile(r"\n  \*\*members: (.*?)(?=\n\n|\Z)", re.DOTALL)
 
 
 class KernelClasses(griffe.Extension):
@@ -22,14 +25,10 @@ class KernelClasses(griffe.Extension):
             griffe.Decorator(_call("dataclasses.dataclass", {"kw_only": "True"}), lineno=None, endlineno=None)
         )
         for member in cls.members.values():
-            if isinstance(member, griffe.Attribute) and isinstance(member.value, griffe.ExprCall):
-                if str(member.value.function) == "setting":
-                    member.value = _field(member.value)
+            if member.is_attribute and str(member.value).startswith("setting("):
+                member.value = _field(member.value)
         if cls.docstring:
             cls.docstring.value = INHERITED.sub(_sentence, cls.docstring.value)
-
-
-INHERITED = re.compile(r"\n  \*\*members: (.*?)(?=\n\n|\Z)", re.DOTALL)
 
 
 def _sentence(match: re.Match[str]) -> str:
@@ -37,12 +36,14 @@ def _sentence(match: re.Match[str]) -> str:
     return "\n\nThe other members are " + re.sub(r"\s+", " ", match[1])
 
 
-def _field(setting: griffe.ExprCall) -> griffe.ExprCall:
-    """`setting(check, default, init=...)` as a call of `dataclasses.field`."""
+def _field(setting: griffe.ExprCall) -> griffe.ExprCall | None:
+    """`setting(check, default, init=...)` as a call of `dataclasses.field`; nothing where it has no default."""
     _, *rest = setting.arguments
     named = {a.name: a.value for a in rest if isinstance(a, griffe.ExprKeyword)}
     positional = [a for a in rest if not isinstance(a, griffe.ExprKeyword)]
-    return _call("dataclasses.field", named | ({"default": positional[0]} if positional else {}))
+    if positional:
+        named["default"] = positional[0]
+    return _call("dataclasses.field", named) if named else None
 
 
 def _call(function: str, arguments: dict[str, Any]) -> griffe.ExprCall:

@@ -54,7 +54,7 @@ def with_mathml(text: str) -> str:
 
     def formula(match: re.Match[str]) -> str:
         block, inline = match.groups()
-        return convert(block, display="block") if block else convert(inline)
+        return str(convert(block, display="block") if block else convert(inline))
 
     parts = CODE.split(text)  # every second one is code
     return "".join(part if i % 2 else FORMULA.sub(formula, part) for i, part in enumerate(parts))
