@@ -1,4 +1,4 @@
-"""The notebooks in git hold text and code alone. Continuous integration executes them, see `.ci/run`."""
+"""The notebooks in git hold text and code alone. docs/render.py executes them for the documentation."""
 
 from __future__ import annotations
 
