@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import math
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -51,10 +52,30 @@ __all__ = [
     "sharded_like",
     "symbolic_below",
     "vary_alike",
+    "warn_if_untested",
     "zero_tangent",
 ]
 
 from jax.extend.core import Primitive
+
+# --- versions -----------------------------------------------------------------------------------------
+
+NEWEST_TESTED = (0, 12)
+"""The newest JAX, without the patch, that the tests run on: the last rows of `.ci/versions`."""
+
+
+def warn_if_untested(version: tuple[int, ...]) -> None:
+    """Warns of a JAX that is newer than the newest tested."""
+    if version[:2] > NEWEST_TESTED:
+        newest = ".".join(map(str, NEWEST_TESTED))
+        warnings.warn(
+            f"jax_mps was tested on JAX up to {newest}, and this is JAX {'.'.join(map(str, version))}. "
+            "Most things should work; look for a newer jax_mps if something does not.",
+            stacklevel=2,
+        )
+
+
+warn_if_untested(jax.__version_info__)
 
 # --- symbolic dimensions ------------------------------------------------------------------------------
 
