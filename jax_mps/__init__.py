@@ -14,7 +14,8 @@ from jax_mps.ops.convolution import (
     conv_transpose_gradient_weights,
 )
 from jax_mps.ops.l2_pooling import l2_pool, l2_pool_gradient
-from jax_mps.ops.max_pooling import max_pool, max_pool_gradient, max_unpool
+from jax_mps.ops.max_pooling import max_pool, max_pool_gradient
+from jax_mps.ops.max_unpooling import max_unpool
 
 if TYPE_CHECKING:
     from jax_mps import mps

@@ -157,7 +157,7 @@ class _Axes:
             geometry.freeze_padding(padding), self.kernel, self.stride, self.dilation
         )
         more = self.each("output_padding", output_padding, least=0)
-        return tuple((lo, hi - op) for (lo, hi), op in zip(pads, more, strict=True))
+        return tuple((low, high - op) for (low, high), op in zip(pads, more, strict=True))
 
 
 def padding_from_flax(
@@ -235,7 +235,7 @@ def padding_to_flax(
     """
     axes = _Axes(window_shape, strides, kernel_dilation)
     pairs = axes.pairs(padding, output_padding)
-    return tuple((e - 1 - lo, e - 1 - hi) for e, (lo, hi) in zip(axes.extent, pairs, strict=True))
+    return tuple((e - 1 - low, e - 1 - high) for e, (low, high) in zip(axes.extent, pairs, strict=True))
 
 
 def padding_from_torch(padding: Ints, window_shape: Sequence[int], *, output_padding: Ints = 0) -> Pairs:
@@ -304,13 +304,13 @@ def padding_to_torch(
     """
     axes = _Axes(window_shape, strides, kernel_dilation)
     pairs = axes.pairs(padding, output_padding)
-    for i, ((lo, hi), s, d) in enumerate(zip(pairs, axes.stride, axes.dilation, strict=True)):
-        if lo < 0 or not 0 <= lo - hi < max(s, d):
+    for i, ((low, high), s, d) in enumerate(zip(pairs, axes.stride, axes.dilation, strict=True)):
+        if low < 0 or not 0 <= low - high < max(s, d):
             raise ValueError(
-                f"padding={(lo, hi)} of spatial axis {i} cannot be had in PyTorch, which needs low >= 0 and "
-                f"an output padding low - high of 0 to {max(s, d) - 1}, got {lo - hi}"
+                f"padding={(low, high)} of spatial axis {i} cannot be had in PyTorch, which needs low >= 0 "
+                f"and an output padding low - high of 0 to {max(s, d) - 1}, got {low - high}"
             )
-    return tuple(lo for lo, _ in pairs), tuple(lo - hi for lo, hi in pairs)
+    return tuple(low for low, _ in pairs), tuple(low - high for low, high in pairs)
 
 
 def padding_from_keras(
@@ -351,8 +351,8 @@ def padding_from_keras(
     pairs = []
     for i, (e, s) in enumerate(zip(axes.extent, axes.stride, strict=True)):
         if padding.lower() == "valid":
-            lo, op = 0, max(e, s) - e if more is None else more[i]
-            pairs.append((lo, -op))
+            low, op = 0, max(e, s) - e if more is None else more[i]
+            pairs.append((low, -op))
             continue
         # Around the image with its zeros there are `total` pixels, the odd one before it.
         total = e + s - 2 if more is None else e + e % 2 - 2 + more[i]
@@ -399,11 +399,9 @@ def padding_to_keras(
         if padding_from_keras(name, axes.kernel, **options) == wanted:
             return name, None
         found = []
-        for k, st, d, pair in zip(axes.kernel, axes.stride, axes.dilation, wanted, strict=True):
-            for op in range(st):
-                if padding_from_keras(name, (k,), strides=st, output_padding=op, kernel_dilation=d) == (
-                    pair,
-                ):
+        for k, s, d, pair in zip(axes.kernel, axes.stride, axes.dilation, wanted, strict=True):
+            for op in range(s):
+                if padding_from_keras(name, (k,), strides=s, output_padding=op, kernel_dilation=d) == (pair,):
                     found.append(op)
                     break
         if len(found) == axes.rank:

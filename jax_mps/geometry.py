@@ -201,7 +201,7 @@ class Divisor(NamedTuple):
     """What an average divides by.
 
     A window's sum is divided by `number`; or, where that is 0, by the number of its taps that lie in
-    the image or in a band of `band[axis] = (lo, hi)` pixels around it, counted axis by axis. A window
+    the image or in a band of `band[axis] = (low, high)` pixels around it, counted axis by axis. A window
     with no such tap averages to 0.
     """
 
@@ -233,7 +233,7 @@ def place(
     """Checks the arguments of a pooling call on an array of `shape` and places its windows.
 
     A string pads as `lax.padtype_to_pads` does. `ceil_mode` is PyTorch's: the number of windows is
-    rounded up, but a window that would start behind the image and its left padding is dropped.
+    rounded up, but a window that would start behind the image and its low padding is dropped.
     """
     window_shape, strides = freeze("window_shape", window_shape), freeze("strides", strides)
     window_dilation, padding = freeze("window_dilation", window_dilation), freeze_padding(padding)
@@ -264,33 +264,45 @@ def _place(
     pads = _pads(padding, sizes, kernel, stride, dilation, ceil_mode)
 
     axes, crop = [], []
-    for i, (size, k, s, d, (lo, hi)) in enumerate(zip(sizes, kernel, stride, dilation, pads, strict=True)):
-        extent = (k - 1) * d + 1
-        space = size + lo + hi - extent
-        out = space // s + 1
-        if ceil_mode:
-            out = -(-space // s) + 1
-            # PyTorch: the last window has to start inside the image or its left padding.
-            behind = -(-(size + lo) // s)
-            out = min(out, behind) if isinstance(out, int) else _compat.min_dim(out, behind)
-        if surely_below(out, 1):
-            raise ValueError(
-                f"window_shape={kernel[i]} with window_dilation={d} spans {extent} pixels, more than the "
-                f"{size + lo + hi} of spatial axis {i} (size {size}, padding {(lo, hi)}): "
-                "the output size would be below 1"
-            )
-        cut = (at_least_zero(-lo), at_least_zero(-hi))
-        axis = Axis(size, k, s, d, lo, out).cropped(*cut)
-        empty = axis.windows_without_tap()
-        if empty.size:
-            raise ValueError(
-                f"padding={(lo, hi)} of spatial axis {i} leaves window {empty[0]} without a valid tap "
-                f"(size {size}, window_shape {k}, strides {s}, window_dilation {d}): "
-                "every window must read at least one pixel of the image"
-            )
+    for i, (size, k, s, d, pad) in enumerate(zip(sizes, kernel, stride, dilation, pads, strict=True)):
+        axis = Axis(size, k, s, d, pad[0], _count_windows(i, size, k, s, d, pad, ceil_mode))
+        cut = (at_least_zero(-pad[0]), at_least_zero(-pad[1]))
+        axis = axis.cropped(*cut)
+        _check_every_window_has_a_tap(i, axis, size, pad)
         axes.append(axis)
         crop.append(cut)
     return Placement(Window(tuple(axes)), start, tuple(crop), pads)
+
+
+def _count_windows(i: int, size: Dim, k: int, s: int, d: int, pad: tuple[Dim, Dim], ceil_mode: bool) -> Dim:
+    """How many windows spatial axis `i` has, at least one."""
+    low, high = pad
+    extent = (k - 1) * d + 1
+    space = size + low + high - extent
+    count = space // s + 1
+    if ceil_mode:
+        count = -(-space // s) + 1
+        # PyTorch: the last window has to start inside the image or its low padding.
+        behind = -(-(size + low) // s)
+        count = min(count, behind) if isinstance(count, int) else _compat.min_dim(count, behind)
+    if surely_below(count, 1):
+        raise ValueError(
+            f"window_shape={k} with window_dilation={d} spans {extent} pixels, more than the "
+            f"{size + low + high} of spatial axis {i} (size {size}, padding {pad}): "
+            "the output size would be below 1"
+        )
+    return count
+
+
+def _check_every_window_has_a_tap(i: int, axis: Axis, size: Dim, pad: tuple[Dim, Dim]) -> None:
+    """Refuses padding so wide that all taps of some window lie in it; `size` is that before cropping."""
+    empty = axis.windows_without_tap()
+    if empty.size:
+        raise ValueError(
+            f"padding={pad} of spatial axis {i} leaves window {empty[0]} without a valid tap "
+            f"(size {size}, window_shape {axis.taps}, strides {axis.stride}, "
+            f"window_dilation {axis.dilation}): every window must read at least one pixel of the image"
+        )
 
 
 # Eager calls repeat the same few geometries; symbolic sizes are not worth keeping.
@@ -367,20 +379,25 @@ def _place_transposed(
                 f"strides ({s}) and kernel_dilation ({d}), got {op}"
             )
     pads = transposed_pads(padding, kernel, stride, dilation)
-    axes = []
-    for i, (n, k, s, d, (lo, hi), op) in enumerate(
-        zip(lengths, kernel, stride, dilation, pads, more, strict=True)
-    ):
-        extent = (k - 1) * d + 1
-        size = (n - 1) * s + extent - lo - hi + op
-        if surely_below(size, 1):
-            raise ValueError(
-                f"padding={(lo, hi)} of spatial axis {i} leaves nothing of the {(n - 1) * s + extent + op} "
-                f"pixels that {n} windows of {extent} pixels reach with strides {s} and output_padding "
-                f"{op}: the output size would be below 1"
-            )
-        axes.append(Axis(size, k, s, d, lo, n))
+    axes = [
+        _transposed_axis(i, *each)
+        for i, each in enumerate(zip(lengths, kernel, stride, dilation, pads, more, strict=True))
+    ]
     return TransposedPlacement(Window(tuple(axes)), start)
+
+
+def _transposed_axis(i: int, n: Dim, k: int, s: int, d: int, pad: tuple[Dim, Dim], more: int) -> Axis:
+    """Spatial axis `i`, whose operand has `n` pixels and whose result has at least one."""
+    low, high = pad
+    extent = (k - 1) * d + 1
+    size = (n - 1) * s + extent - low - high + more
+    if surely_below(size, 1):
+        raise ValueError(
+            f"padding={pad} of spatial axis {i} leaves nothing of the {(n - 1) * s + extent + more} "
+            f"pixels that {n} windows of {extent} pixels reach with strides {s} and output_padding "
+            f"{more}: the output size would be below 1"
+        )
+    return Axis(size, k, s, d, low, n)
 
 
 _place_transposed_static = functools.lru_cache(maxsize=1024)(_place_transposed)
@@ -400,7 +417,7 @@ def divisor(
         return Divisor(window.taps, ())
     if not count_include_pad:
         return Divisor(0, ((0, 0),) * window.rank)
-    return Divisor(0, tuple((at_least_zero(lo), at_least_zero(hi)) for lo, hi in placement.pads))
+    return Divisor(0, tuple((at_least_zero(low), at_least_zero(high)) for low, high in placement.pads))
 
 
 def transposed_pads(

@@ -17,7 +17,7 @@ import jax_mps
 from jax_mps import conventions, geometry
 from jax_mps.geometry import Ints, Padding
 from jax_mps.ops.convolution import Precision
-from jax_mps.ops.max_pooling import max_unpool
+from jax_mps.ops.max_unpooling import max_unpool
 from jax_mps.ops.operands import FLOATS, INTEGERS, array
 
 __all__ = ["avg_pool", "l2_pool", "max_pool", "max_unpool", "min_pool"]

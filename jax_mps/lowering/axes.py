@@ -86,7 +86,12 @@ def add_up(terms: Iterable[Array], at_once: int) -> Array:
     return lax.reshape(lax.reduce(rows, np.zeros((), dtype), lax.add, (0,)), shape)
 
 
+def concatenate(arrays: list[Array], dim: int) -> Array:
+    return arrays[0] if len(arrays) == 1 else lax.concatenate(arrays, dim)
+
+
 def disjoint(axis: Axis) -> bool:
+    """Whether the windows do not touch each other."""
     return axis.dilation == 1 and axis.stride >= axis.taps
 
 

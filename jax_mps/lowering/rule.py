@@ -6,9 +6,9 @@
 | cpu otherwise: several devices under automatic or explicit sharding, export, symbolic shapes | StableHLO |
 | every other platform, Apple's included | StableHLO |
 
-The StableHLO is written with `jax.lax` alone: `pooling.py`, nearly the same for every platform, and
-`conv_transpose.py`, which has several forms and a table that says which serves where. `apple.py` says what
-Apple's plugins can run, and `command.py` prints programs. Nothing is
+The StableHLO is written with `jax.lax` alone: `lowering/pooling/`, nearly the same for every platform, and
+`lowering/conv_transpose/`, which has several forms and a table that says which serves where.
+`lowering/apple.py` says what Apple's plugins can run, and `cli/lower.py` prints programs. Nothing is
 registered under a third party's platform name: JAX raises for a platform whose plugin is absent, so the
 default rule serves them all.
 """

@@ -1,8 +1,8 @@
 """Average pooling and its documented gradient.
 
-Two linear primitives, each the transpose of the other: `pool` sums the taps of every window and divides
-by the window's number, `spread` divides every window's gradient by that number and adds it to the
-window's pixels.
+Two linear primitives, each the transpose of the other: `avg_pool` sums the taps of every window and divides
+by the window's divisor, `avg_pool_gradient` divides every window's gradient by that divisor and adds it to
+the window's pixels.
 """
 
 from __future__ import annotations

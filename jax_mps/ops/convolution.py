@@ -6,7 +6,7 @@ Three primitives, each linear in each of its operands, each transpose of one bei
     dx = gradient_data(g, kernel)    dx[j, c]    = sum over k, o of    g[i, o] kernel[k, o, c]
     dk = gradient_weights(g, x)      dk[k, o, c] = sum over j of       g[i, o] x[j, c]
 
-where tap k of window j lies at the pixel i = stride * j - lo + dilation * k, and taps outside the image are
+where tap k of window j lies at the pixel i = stride * j - low + dilation * k, and taps outside the image are
 left out. These are the windows of the ordinary convolution of y with the same kernel, whose result has the
 shape of x. So each primitive has a `Window`: `window.sizes` belong to y and g, `window.counts` to x and dx.
 """
@@ -378,7 +378,7 @@ def gradient_weights(g: Array, x: Array, *, out_dtype: Any, **params: Any) -> Ar
     return _bind(conv_transpose_gradient_weights_p, g, x, out_dtype, params)
 
 
-def _bind(primitive: Any, a: Array, b: Array, out_dtype: Any, params: dict[str, Any]) -> Array:
+def _bind(prim: Any, a: Array, b: Array, out_dtype: Any, params: dict[str, Any]) -> Array:
     """Binds with operands of one type, and a result of that type or of the one that it accumulates in."""
     dtype = max(a.dtype, b.dtype, key=lambda t: t.itemsize)
     if out_dtype == np.float64:
@@ -386,11 +386,11 @@ def _bind(primitive: Any, a: Array, b: Array, out_dtype: Any, params: dict[str, 
     a, b = (lax.convert_element_type(v, dtype) for v in (a, b))
     narrow = np.dtype(out_dtype).itemsize <= dtype.itemsize and out_dtype != dtype
     bound_dtype = rule.accumulator(dtype) if narrow else np.dtype(out_dtype)
-    out = primitive.bind(*_compat.vary_alike(a, b), out_dtype=bound_dtype, **params)
+    out = prim.bind(*_compat.vary_alike(a, b), out_dtype=bound_dtype, **params)
     return lax.convert_element_type(out, out_dtype)
 
 
-# --- primitives ---------------------------------------------------------------------------------------
+# --- types and attributes -----------------------------------------------------------------------------
 
 
 def _channel(window: Window, start: int, channels_last: bool) -> int:
@@ -438,8 +438,88 @@ def _native(name: str) -> Callable[..., tuple[str, dict[str, Any]]]:
     return call
 
 
+# --- vmap ---------------------------------------------------------------------------------------------
+#
 # `vmap` adds a batch axis where only an image is mapped. Otherwise the mapped axis becomes part of a channel
 # axis: of the one that one operand alone has, if that operand alone is mapped, or of the groups.
+
+
+class _Roles(NamedTuple):
+    """Of the operands and the result of a primitive: which is y, x or the kernel."""
+
+    arrays: tuple[str, str]
+    result: str
+
+
+class _Channels(NamedTuple):
+    """The channel axes of the arrays of a primitive: of images, and two of the kernel."""
+
+    image: int
+    per_group: int
+    full: int
+    groups: int
+    transpose_kernel: bool
+
+    @classmethod
+    def of_call(cls, params: dict[str, Any]) -> _Channels:
+        rank = params["window"].rank
+        image = _channel(params["window"], params["start"], params["channels_last"])
+        return cls(image, rank, rank + 1, params["groups"], params["transpose_kernel"])
+
+    def of_role(self, array: str, role: str) -> tuple[int, int]:
+        """The axis of the channels of y or x in an array, and how many groups it holds."""
+        if array != "kernel":
+            return self.image, self.groups
+        return (self.per_group, 1) if (role == "y") == self.transpose_kernel else (self.full, self.groups)
+
+    def of_groups(self, array: str) -> int:
+        """The axis of an array that holds all groups."""
+        return self.full if array == "kernel" else self.image
+
+
+def _batch(roles: _Roles) -> Callable[..., tuple[Array, int]]:
+    def batch(prim: Any, arrays: Sequence[Array], dims: Sequence[Any], **params: Any) -> tuple[Array, int]:
+        mapped = [i for i, d in enumerate(dims) if d is not None]
+        if len(mapped) == 2:
+            return _batch_into_groups(prim, arrays, dims, roles, params)
+        (i,) = mapped
+        case = _batch_into_channels if "kernel" in (roles.arrays[i], roles.result) else _batch_into_batch
+        return case(prim, list(arrays), i, dims[i], roles, params)
+
+    return batch
+
+
+def _batch_into_groups(
+    prim: Any, arrays: Sequence[Array], dims: Sequence[Any], roles: _Roles, params: dict[str, Any]
+) -> tuple[Array, int]:
+    """Both operands are mapped: each example has groups of its own."""
+    channels, size = _Channels.of_call(params), arrays[0].shape[dims[0]]
+    merged = [
+        _insert(a, d, channels.of_groups(name), 1)
+        for a, d, name in zip(arrays, dims, roles.arrays, strict=True)
+    ]
+    out = prim.bind(*merged, **params | {"groups": channels.groups * size})
+    return _extract(out, channels.of_groups(roles.result), 1, size), 0
+
+
+def _batch_into_batch(
+    prim: Any, arrays: list[Array], i: int, dim: int, roles: _Roles, params: dict[str, Any]
+) -> tuple[Array, int]:
+    """Operand `i` alone is mapped, an image, and so is the result: one batch axis more."""
+    leading = min(_Channels.of_call(params).image, params["start"])
+    at = dim if dim <= leading else 0
+    arrays[i] = jnp.moveaxis(arrays[i], dim, at)
+    return prim.bind(*arrays, **params | {"start": params["start"] + 1}), at
+
+
+def _batch_into_channels(
+    prim: Any, arrays: list[Array], i: int, dim: int, roles: _Roles, params: dict[str, Any]
+) -> tuple[Array, int]:
+    """Operand `i` alone is mapped: its examples become channels, of those it shares with the result alone."""
+    channels, size, name = _Channels.of_call(params), arrays[i].shape[dim], roles.arrays[i]
+    role = roles.result if name == "kernel" else name
+    arrays[i] = _insert(arrays[i], dim, *channels.of_role(name, role))
+    return _extract(prim.bind(*arrays, **params), *channels.of_role(roles.result, role), size), 0
 
 
 def _insert(x: Array, dim: int, axis: int, outer: int) -> Array:
@@ -459,55 +539,7 @@ def _extract(x: Array, axis: int, outer: int, size: int) -> Array:
     return x.reshape(size, *x.shape[1 : axis + 1], outer * inner, *x.shape[axis + 3 :])
 
 
-class _Roles(NamedTuple):
-    """Of the operands and the result of a primitive: which is y, x or the kernel."""
-
-    operands: tuple[str, str]
-    result: str
-
-
-def _batch(roles: _Roles) -> Callable[..., tuple[Array, int]]:
-    def rule(
-        primitive: Any, operands: Sequence[Array], dims: Sequence[int | None], **params: Any
-    ) -> tuple[Array, int]:
-        rank, groups = params["window"].rank, params["groups"]
-        channel = _channel(params["window"], params["start"], params["channels_last"])
-        per_group, full = (rank, rank + 1)  # the kernel's channel axes
-        (size,) = {a.shape[d] for a, d in zip(operands, dims, strict=True) if d is not None}
-
-        def channels(name: str, role: str) -> tuple[int, int]:
-            """The axis of the channels of y or x in an array, and how many groups it holds."""
-            if name != "kernel":
-                return channel, groups
-            return (per_group, 1) if (role == "y") == params["transpose_kernel"] else (full, groups)
-
-        mapped = [name for name, d in zip(roles.operands, dims, strict=True) if d is not None]
-        if len(mapped) == 2:
-            params["groups"] = groups * size
-            whole = {"kernel": full, "x": channel, "y": channel}
-            folded = [
-                _insert(a, d, whole[n], 1)  # type: ignore[arg-type]
-                for a, d, n in zip(operands, dims, roles.operands, strict=True)
-            ]
-            return _extract(primitive.bind(*folded, **params), whole[roles.result], 1, size), 0
-        (name,) = mapped
-        (position,) = (i for i, d in enumerate(dims) if d is not None)
-        moved, dim = operands[position], dims[position]
-        assert dim is not None
-        operands = list(operands)
-        if name != "kernel" and roles.result != "kernel":
-            leading = min(channel, params["start"])
-            at = dim if dim <= leading else 0
-            operands[position] = jnp.moveaxis(moved, dim, at)
-            params["start"] += 1
-            return primitive.bind(*operands, **params), at
-        # The channels that the mapped operand shares with the result alone.
-        role = roles.result if name == "kernel" else name
-        operands[position] = _insert(moved, dim, *channels(name, role))
-        return _extract(primitive.bind(*operands, **params), *channels(roles.result, role), size), 0
-
-    return rule
-
+# --- the three primitives -----------------------------------------------------------------------------
 
 conv_transpose_p = primitive.define(
     "conv_transpose",
@@ -532,18 +564,18 @@ conv_transpose_gradient_weights_p = primitive.define(
 )
 
 
-def _transpose(rule: Callable[..., Array], position: int) -> Callable[..., Array]:
-    """A cotangent rule: `rule` of the cotangent and the other operand, in the type of the operand wanted."""
+def _transpose(function: Callable[..., Array], i: int) -> Callable[..., Array]:
+    """The cotangent of operand `i`: `function` of the cotangent and the other operand, in the type wanted."""
 
-    def transpose(ct: Array, *operands: Any, out_dtype: Any, **params: Any) -> Array:
+    def transpose(ct: Array, *arrays: Any, out_dtype: Any, **params: Any) -> Array:
         del out_dtype
-        return rule(ct, operands[1 - position], out_dtype=operands[position].aval.dtype, **params)
+        return function(ct, arrays[1 - i], out_dtype=arrays[i].aval.dtype, **params)
 
     return transpose
 
 
-def _swapped(rule: Callable[..., Array]) -> Callable[..., Array]:
-    return lambda a, b, **params: rule(b, a, **params)
+def _swapped(function: Callable[..., Array]) -> Callable[..., Array]:
+    return lambda a, b, **params: function(b, a, **params)
 
 
 primitive.define_multilinear(

@@ -39,9 +39,9 @@ def _with_margins(name: str, sign: int, xla_fun: Callable[..., Array]) -> Any:
         shape = (n + sign * (before + after) for n, (before, after) in zip(x.shape, margins, strict=True))
         return _compat.retyped(x, tuple(shape), x.dtype)
 
-    def batch(primitive: Any, args: Sequence[Array], dims: Sequence[int], *, margins: _Margins) -> Any:
+    def batch(prim: Any, args: Sequence[Array], dims: Sequence[int], *, margins: _Margins) -> Any:
         (x,), (dim,) = args, dims
-        return primitive.bind(x, margins=(*margins[:dim], (0, 0), *margins[dim:])), dim
+        return prim.bind(x, margins=(*margins[:dim], (0, 0), *margins[dim:])), dim
 
     return primitive.define(name, abstract, xla_fun=xla_fun, native=None, batch=batch)
 
@@ -71,11 +71,11 @@ def _grow(x: Array, start: int, margins: _Margins) -> Array:
     return _bind_margins(grow_p, x, start, margins)
 
 
-def _bind_margins(primitive: Any, x: Array, start: int, margins: _Margins) -> Array:
+def _bind_margins(prim: Any, x: Array, start: int, margins: _Margins) -> Array:
     if all(before == after == 0 for before, after in margins):
         return x
     rest = x.ndim - start - len(margins)
-    return primitive.bind(x, margins=(*[(0, 0)] * start, *margins, *[(0, 0)] * rest))
+    return prim.bind(x, margins=(*[(0, 0)] * start, *margins, *[(0, 0)] * rest))
 
 
 def enclose(x: Array, window: Window, start: int, edge: Edge) -> tuple[Array, Window]:

@@ -1,11 +1,14 @@
-"""Max pooling, its documented gradient, and unpooling.
+"""Max pooling and its documented gradient.
 
-Four primitives carry the family. Reducing an image gives values, tap numbers, or both. The other two are
-linear and each other's transpose: `take` reads an image at the chosen taps, `put` writes to them. The
-derivative of a maximum is a `take`, its reverse a `put`, and neither needs the image any more: the tap
-number, one byte for windows of up to 128 taps, is the only residual.
+Five primitives carry the family. Three reduce an image, to values, to tap indices, or to both. The tap index
+of a window is the number of its maximum's tap in row-major order. The other two are linear and each other's
+transpose: `take` reads an image at the chosen taps, `put` writes to them. The derivative of a maximum is a
+`take`, its reverse a `put`, and neither needs the image any more: the tap index, one byte for windows of up
+to 128 taps, is the only residual.
 
-    jvp(max) = take(tangent, tap)        transpose(take) = put        transpose(put) = take
+    jvp(max) = take(tangent, tap_index)        transpose(take) = put        transpose(put) = take
+
+A sixth turns tap indices into positions in the plane, which `max_unpool` takes (`max_unpooling.py`).
 """
 
 from __future__ import annotations
@@ -28,7 +31,6 @@ from jax_mps.geometry import (
     Padding,
     Window,
     place,
-    spatial_start,
 )
 from jax_mps.lowering import pooling, rule
 from jax_mps.ops import edges, operands, primitive
@@ -86,7 +88,7 @@ def max_pool(
 
     Padding never wins, not even against -inf. NaN propagates. The gradient of a window goes to its first
     maximum in row-major tap order; to its first NaN, if it has one. Differentiable to any order, in
-    forward and reverse mode, dilated windows included; the only residual is the tap number (one byte an
+    forward and reverse mode, dilated windows included; the only residual is the tap index (one byte an
     output for up to 128 taps).
 
     Args:
@@ -143,8 +145,8 @@ def max_pool(
     if window.is_static() and math.prod(sizes) > 2**31 - 1:
         raise ValueError(f"return_indices=True needs spatial planes below 2**31 pixels, got {sizes}")
     params = {"window": window, "start": start, "implementation": implementation}
-    y, tap = max_pool_with_tap_index_p.bind(image, **params)
-    return y, positions_p.bind(tap, window=window, start=start, crop=placement.crop, sizes=sizes)
+    y, tap_index = max_pool_with_tap_index_p.bind(image, **params)
+    return y, positions_p.bind(tap_index, window=window, start=start, crop=placement.crop, sizes=sizes)
 
 
 def max_pool_gradient(
@@ -207,74 +209,6 @@ def max_pool_gradient(
     return edges.uncrop(dx, placement)
 
 
-def max_unpool(
-    y: ArrayLike,
-    indices: ArrayLike,
-    output_shape: Sequence[int],
-    *,
-    data_format: DataFormat = "channels_last",
-    implementation: str | None = None,
-) -> jax.Array:
-    """Puts pooled values back to where they came from, and zeros everywhere else.
-
-    In every spatial plane, `x.flat[indices[...]] = y[...]`. Where several entries name the same position
-    the last one in row-major order stays (after `max_pool` they are equal), and the gradient goes to
-    that one alone. An index outside the plane is dropped.
-
-    On Apple's GPUs, whose plugins have no scatter to rely on, every entry is compared with every pixel of its
-    plane, and large planes are refused when the program is lowered.
-
-    Args:
-      y: values, `(*batch, *spatial, channels)` or channels first, of any dtype that `max_pool` takes.
-      indices: int32 flat positions in the plane, in the shape of `y`, as `max_pool(...,
-        return_indices=True)` gives them.
-      output_shape: the spatial sizes of the result; its length is the number of spatial axes.
-      data_format: "channels_last" or "channels_first".
-      implementation: None chooses; "native" or "xla" forces a path.
-
-    Returns:
-      An array with the dtype, batch and channels of `y` and the spatial sizes `output_shape`.
-
-    Raises:
-      TypeError: an unsupported dtype, `indices` not int32, `output_shape` not a sequence of ints.
-      ValueError: the shapes of `y` and `indices` differ, `output_shape` is not 1 to 3 sizes of at least
-        1 with a plane below 2**31 pixels, or `y` has too few axes.
-
-    Examples:
-      >>> import jax.numpy as jnp, jax_mps
-      >>> x = jnp.array([1., 5., 2., 4.]).reshape(1, 4, 1)
-      >>> y, at = jax_mps.max_pool(x, 2, strides=2, return_indices=True)
-      >>> jax_mps.max_unpool(y, at, (4,)).ravel()
-      Array([0., 5., 0., 4.], dtype=float32)
-
-    Source: PyTorch's `max_unpool2d`, with a fixed rule for duplicates.
-    """
-    values = operands.array("y", y, FLOATS + INTEGERS)
-    positions = operands.array("indices", indices, ("int32",))
-    sizes = geometry.shape("output_shape", output_shape)
-    static = all(isinstance(n, int) for n in sizes)
-    if not 1 <= len(sizes) <= 3 or (static and not 0 < math.prod(sizes) < 2**31):
-        raise ValueError(
-            "output_shape must be 1 to 3 spatial sizes of at least 1 with fewer than 2**31 pixels in all, "
-            f"got {sizes}"
-        )
-    if values.ndim < len(sizes) + 1:
-        raise ValueError(
-            f"y must have {len(sizes)} spatial axes and a channel axis, got shape {values.shape}"
-        )
-    operands.check_shape("indices", positions, values.shape, "that of y")
-    start = spatial_start(values.ndim, len(sizes), data_format)
-    source = tuple(values.shape[start : start + len(sizes)])
-    rule.check_implementation(implementation, static=static and all(isinstance(n, int) for n in source))
-    return max_unpool_p.bind(
-        *_compat.vary_alike(values, positions),
-        sizes=sizes,
-        source=source,
-        start=start,
-        implementation=implementation,
-    )
-
-
 # --- on windows that are placed already ---------------------------------------------------------------
 
 
@@ -303,7 +237,8 @@ def gradient(
     image, inside = edges.enclose(x, window, start, edge)
     params = {"window": inside, "start": start, "implementation": implementation}
     wide = rule.accumulator(g.dtype) if edge == "clamp" else g.dtype  # repeated pixels are added up
-    dx = _put(lax.convert_element_type(g, wide), max_pool_tap_index_p.bind(image, **params), **params)
+    tap_index = max_pool_tap_index_p.bind(image, **params)
+    dx = _put(lax.convert_element_type(g, wide), tap_index, **params)
     return lax.convert_element_type(edges.expose(dx, x, window, start, edge), g.dtype)
 
 
@@ -314,7 +249,7 @@ def _native(name: str) -> Any:
     return lambda *, window, start: (name, primitive.window_attributes(window, start))
 
 
-def _tap_aval(x: Any, window: Window, start: int) -> Any:
+def _tap_index_aval(x: Any, window: Window, start: int) -> Any:
     return primitive.image_to_pooled(x, window, start, window.tap_dtype)
 
 
@@ -326,7 +261,7 @@ max_pool_p = primitive.define(
 )
 max_pool_tap_index_p = primitive.define(
     "max_pool_tap_index",
-    lambda x, *, window, start, implementation: _tap_aval(x, window, start),
+    lambda x, *, window, start, implementation: _tap_index_aval(x, window, start),
     xla_fun=pooling.max_pool_tap_index,
     native=_native("max_pool_tap_index"),
 )
@@ -334,7 +269,7 @@ max_pool_with_tap_index_p = primitive.define(
     "max_pool_with_tap_index",
     lambda x, *, window, start, implementation: [
         primitive.image_to_pooled(x, window, start),
-        _tap_aval(x, window, start),
+        _tap_index_aval(x, window, start),
     ],
     xla_fun=pooling.max_pool_with_tap_index,
     native=_native("max_pool_with_tap_index"),
@@ -342,47 +277,45 @@ max_pool_with_tap_index_p = primitive.define(
 )
 max_pool_take_p = primitive.define(
     "max_pool_take",
-    lambda t, tap, *, window, start, implementation: primitive.image_to_pooled(t, window, start),
+    lambda t, tap_index, *, window, start, implementation: primitive.image_to_pooled(t, window, start),
     xla_fun=pooling.max_pool_take,
     native=_native("max_pool_take"),
 )
 max_pool_put_p = primitive.define(
     "max_pool_put",
-    lambda g, tap, *, window, start, implementation: primitive.pooled_to_image(g, window, start),
+    lambda g, tap_index, *, window, start, implementation: primitive.pooled_to_image(g, window, start),
     xla_fun=pooling.max_pool_put,
     native=_native("max_pool_put"),
 )
-
-
 positions_p = primitive.define(
     "max_pool_positions",
-    lambda tap, **params: _compat.retyped(tap, tap.shape, np.dtype(np.int32)),
+    lambda tap_index, **params: _compat.retyped(tap_index, tap_index.shape, np.dtype(np.int32)),
     xla_fun=pooling.positions,
     native=None,
 )
 
 
-def _take(t: Array, tap: Array, **params: Any) -> Array:
-    return max_pool_take_p.bind(*_compat.vary_alike(t, tap), **params)
+def _take(t: Array, tap_index: Array, **params: Any) -> Array:
+    return max_pool_take_p.bind(*_compat.vary_alike(t, tap_index), **params)
 
 
-def _put(g: Array, tap: Array, **params: Any) -> Array:
-    return max_pool_put_p.bind(*_compat.vary_alike(g, tap), **params)
+def _put(g: Array, tap_index: Array, **params: Any) -> Array:
+    return max_pool_put_p.bind(*_compat.vary_alike(g, tap_index), **params)
 
 
 def _max_jvp(primals: Sequence[Array], tangents: Sequence[Array], **params: Any) -> tuple[Array, Array]:
-    y, tap = max_pool_with_tap_index_p.bind(*primals, **params)
-    return y, _take(tangents[0], tap, **params)
+    y, tap_index = max_pool_with_tap_index_p.bind(*primals, **params)
+    return y, _take(tangents[0], tap_index, **params)
 
 
 def _with_index_jvp(primals: Sequence[Array], tangents: Sequence[Array], **params: Any) -> Any:
-    y, tap = max_pool_with_tap_index_p.bind(*primals, **params)
-    return [y, tap], [_take(tangents[0], tap, **params), _compat.zero_tangent(tap)]
+    y, tap_index = max_pool_with_tap_index_p.bind(*primals, **params)
+    return [y, tap_index], [_take(tangents[0], tap_index, **params), _compat.zero_tangent(tap_index)]
 
 
-def _integer_jvp(primitive: Any) -> Any:
+def _integer_jvp(prim: Any) -> Any:
     def jvp(primals: Sequence[Array], tangents: Sequence[Array], **params: Any) -> tuple[Array, Any]:
-        out = primitive.bind(*primals, **params)
+        out = prim.bind(*primals, **params)
         return out, _compat.zero_tangent(out)
 
     return jvp
@@ -392,35 +325,9 @@ ad.primitive_jvps[max_pool_p] = _max_jvp
 ad.primitive_jvps[max_pool_with_tap_index_p] = _with_index_jvp
 ad.primitive_jvps[max_pool_tap_index_p] = _integer_jvp(max_pool_tap_index_p)
 ad.primitive_jvps[positions_p] = _integer_jvp(positions_p)
-primitive.define_multilinear(max_pool_take_p, {0: lambda ct, _, tap, **params: _put(ct, tap, **params)})
-primitive.define_multilinear(max_pool_put_p, {0: lambda ct, _, tap, **params: _take(ct, tap, **params)})
-
-
-# Unpooling and its transpose; `sizes` are those of the plane, `source` those of the pooled array.
-
-
-def _plane_native(name: str) -> Any:
-    return lambda *, sizes, source, start: (
-        name,
-        {"start": np.int64(start), "rank": np.int64(len(sizes))},
-    )
-
-
-max_unpool_p = primitive.define(
-    "max_unpool",
-    lambda y, indices, *, sizes, source, start, implementation: primitive.resized(y, start, source, sizes),
-    xla_fun=pooling.max_unpool,
-    native=_plane_native("max_unpool"),
-)
-max_unpool_take_p = primitive.define(
-    "max_unpool_take",
-    lambda c, indices, *, sizes, source, start, implementation: primitive.resized(c, start, sizes, source),
-    xla_fun=pooling.max_unpool_take,
-    native=_plane_native("max_unpool_take"),
+primitive.define_multilinear(
+    max_pool_take_p, {0: lambda ct, _, tap_index, **params: _put(ct, tap_index, **params)}
 )
 primitive.define_multilinear(
-    max_unpool_p, {0: lambda ct, _, indices, **params: max_unpool_take_p.bind(ct, indices, **params)}
-)
-primitive.define_multilinear(
-    max_unpool_take_p, {0: lambda ct, _, indices, **params: max_unpool_p.bind(ct, indices, **params)}
+    max_pool_put_p, {0: lambda ct, _, tap_index, **params: _take(ct, tap_index, **params)}
 )

@@ -42,7 +42,7 @@ def define(
       xla_fun: the StableHLO lowering, see `lowering.rule.register`.
       native: the FFI lowering, see `lowering.rule.register`.
       multiple_results: whether `abstract` gives a list.
-      batch: the rule of `vmap`, a function of (primitive, operands, dimensions, **params); by default the
+      batch: the rule of `vmap`, a function of (primitive, arrays, dimensions, **params); by default the
         one for operands that all look like `(outer..., spatial..., inner...)`.
     """
     primitive = _compat.Primitive(name)

@@ -1,0 +1,42 @@
+"""Max pooling."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from jax import lax
+
+from jax_mps.geometry import Window
+from jax_mps.lowering.pooling.few_axes import few_axes_on_apple
+from jax_mps.lowering.pooling.fold import State, fold_window
+from jax_mps.lowering.pooling.taps import each_tap
+from jax_mps.lowering.pooling.values import lowest, reduce_max
+from jax_mps.lowering.rule import Platform
+
+Array = Any
+
+_AT_ONCE = 9
+"""Taps of a window up to which one pass over all of them can beat a pass an axis."""
+
+
+@few_axes_on_apple
+def max_pool(x: Array, *, window: Window, start: int, platform: Platform) -> Array:
+    if platform == "cuda" and _at_once_on_cuda(x, window):
+        return functools.reduce(lax.max, each_tap(x, window, start, lowest(x.dtype)))
+    fill = (lowest(x.dtype),)
+    return fold_window((x,), window, start, _greater, fill, reduce=reduce_max, idempotent=True)[0]
+
+
+def _greater(a: State, b: State, _: int) -> State:
+    return (lax.max(a[0], b[0]),)
+
+
+def _at_once_on_cuda(x: Array, window: Window) -> bool:
+    """Whether one pass over all taps beats a pass an axis.
+
+    Measured on an H100, microseconds for one pass and for one an axis: 3 x 3 windows of float32 with stride 1
+    73 and 98 (dilated, `aspp`), 40 and 44 (`inception_max`); of bfloat16 75 and 60, 40 and 33; with stride 2
+    95 and 91 (`resnet_stem`); 5 x 5 windows 219 and 106.
+    """
+    return window.taps <= _AT_ONCE and x.dtype.itemsize >= 4 and all(a.stride == 1 for a in window.axes)

@@ -1,0 +1,52 @@
+"""Constants and reductions that several poolings need."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jax_mps.geometry import Dim
+from jax_mps.lowering.axes import cut
+from jax_mps.lowering.rule import Platform
+
+Array = Any
+
+
+def full(x: Array, value: float) -> Array:
+    return lax.full_like(x, value)
+
+
+def lowest(dtype: Any) -> Any:
+    """The value that wins no maximum."""
+    if dtype == np.bool_:
+        return False
+    return np.iinfo(dtype).min if np.dtype(dtype).kind in "iu" else -np.inf
+
+
+def has_nan(x: Array) -> bool:
+    return bool(jnp.issubdtype(x.dtype, jnp.floating))
+
+
+def reduce_max(x: Array, dims: Sequence[int]) -> Array:
+    return lax.reduce(x, np.array(lowest(x.dtype), x.dtype), lax.max, dims)
+
+
+def reduce_sum(x: Array, dims: Sequence[int]) -> Array:
+    return lax.reduce(x, np.array(0, x.dtype), lax.add, dims)
+
+
+def counting(length: Dim, platform: Platform) -> Array:
+    """The numbers 0, 1, 2, ... below `length`."""
+    if platform != "apple" or not isinstance(length, int):
+        return lax.iota(np.int32, length)
+    # Apple's plugins do not all have `iota`; two constants of the root of its size do.
+    step = math.isqrt(length) + 1
+    shape = (-(-length // step), step)
+    rows, columns = (np.arange(n, dtype=np.int32) * unit for n, unit in zip(shape, (step, 1), strict=True))
+    table = lax.broadcast_in_dim(rows, shape, (0,)) + lax.broadcast_in_dim(columns, shape, (1,))
+    return cut(lax.reshape(table, (math.prod(shape),)), 0, 0, length)

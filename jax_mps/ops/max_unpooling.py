@@ -1,0 +1,123 @@
+"""Unpooling: values put where maxima came from.
+
+Two linear primitives, each the transpose of the other: one puts values to positions of a plane, the other
+takes them from there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.typing import ArrayLike
+
+from jax_mps import _compat, geometry
+from jax_mps.geometry import DataFormat
+from jax_mps.lowering import pooling, rule
+from jax_mps.ops import operands, primitive
+from jax_mps.ops.operands import FLOATS, INTEGERS
+
+Array = Any
+
+
+def max_unpool(
+    y: ArrayLike,
+    indices: ArrayLike,
+    output_shape: Sequence[int],
+    *,
+    data_format: DataFormat = "channels_last",
+    implementation: str | None = None,
+) -> jax.Array:
+    """Puts pooled values back to where they came from, and zeros everywhere else.
+
+    In every spatial plane, `x.flat[indices[...]] = y[...]`. Where several entries name the same position
+    the last one in row-major order stays (after `max_pool` they are equal), and the gradient goes to
+    that one alone. An index outside the plane is dropped.
+
+    On Apple's GPUs, whose plugins have no scatter to rely on, every entry is compared with every pixel of its
+    plane, and large planes are refused when the program is lowered.
+
+    Args:
+      y: values, `(*batch, *spatial, channels)` or channels first, of any dtype that `max_pool` takes.
+      indices: int32 flat positions in the plane, in the shape of `y`, as `max_pool(...,
+        return_indices=True)` gives them.
+      output_shape: the spatial sizes of the result; its length is the number of spatial axes.
+      data_format: "channels_last" or "channels_first".
+      implementation: None chooses; "native" or "xla" forces a path.
+
+    Returns:
+      An array with the dtype, batch and channels of `y` and the spatial sizes `output_shape`.
+
+    Raises:
+      TypeError: an unsupported dtype, `indices` not int32, `output_shape` not a sequence of ints.
+      ValueError: the shapes of `y` and `indices` differ, `output_shape` is not 1 to 3 sizes of at least
+        1 with a plane below 2**31 pixels, or `y` has too few axes.
+
+    Examples:
+      >>> import jax.numpy as jnp, jax_mps
+      >>> x = jnp.array([1., 5., 2., 4.]).reshape(1, 4, 1)
+      >>> y, at = jax_mps.max_pool(x, 2, strides=2, return_indices=True)
+      >>> jax_mps.max_unpool(y, at, (4,)).ravel()
+      Array([0., 5., 0., 4.], dtype=float32)
+
+    Source: PyTorch's `max_unpool2d`, with a fixed rule for duplicates.
+    """
+    values = operands.array("y", y, FLOATS + INTEGERS)
+    positions = operands.array("indices", indices, ("int32",))
+    sizes = geometry.shape("output_shape", output_shape)
+    static = all(isinstance(n, int) for n in sizes)
+    if not 1 <= len(sizes) <= 3 or (static and not 0 < math.prod(sizes) < 2**31):
+        raise ValueError(
+            "output_shape must be 1 to 3 spatial sizes of at least 1 with fewer than 2**31 pixels in all, "
+            f"got {sizes}"
+        )
+    if values.ndim < len(sizes) + 1:
+        raise ValueError(
+            f"y must have {len(sizes)} spatial axes and a channel axis, got shape {values.shape}"
+        )
+    operands.check_shape("indices", positions, values.shape, "that of y")
+    start = geometry.spatial_start(values.ndim, len(sizes), data_format)
+    source = tuple(values.shape[start : start + len(sizes)])
+    rule.check_implementation(implementation, static=static and all(isinstance(n, int) for n in source))
+    return max_unpool_p.bind(
+        *_compat.vary_alike(values, positions),
+        sizes=sizes,
+        source=source,
+        start=start,
+        implementation=implementation,
+    )
+
+
+# --- primitives ---------------------------------------------------------------------------------------
+#
+# `sizes` are those of the plane, `source` those of the pooled array.
+
+
+def _native(name: str) -> Any:
+    return lambda *, sizes, source, start: (
+        name,
+        {"start": np.int64(start), "rank": np.int64(len(sizes))},
+    )
+
+
+max_unpool_p = primitive.define(
+    "max_unpool",
+    lambda y, indices, *, sizes, source, start, implementation: primitive.resized(y, start, source, sizes),
+    xla_fun=pooling.max_unpool,
+    native=_native("max_unpool"),
+)
+max_unpool_take_p = primitive.define(
+    "max_unpool_take",
+    lambda c, indices, *, sizes, source, start, implementation: primitive.resized(c, start, sizes, source),
+    xla_fun=pooling.max_unpool_take,
+    native=_native("max_unpool_take"),
+)
+primitive.define_multilinear(
+    max_unpool_p, {0: lambda ct, _, indices, **params: max_unpool_take_p.bind(ct, indices, **params)}
+)
+primitive.define_multilinear(
+    max_unpool_take_p, {0: lambda ct, _, indices, **params: max_unpool_p.bind(ct, indices, **params)}
+)
