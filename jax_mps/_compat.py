@@ -233,7 +233,7 @@ class StockRules:
 
             self._cpu = private._platform_specific_lowerings["cpu"]
             self._common = private._lowerings
-            self._uncacheable = getattr(private, "_uncacheable_primitives", set())
+            self._uncacheable: set[Any] = getattr(private, "_uncacheable_primitives", set())
         except (ImportError, AttributeError, KeyError) as error:
             raise RuntimeError(
                 f"accelerate() does not know JAX {jax.__version__}, which keeps its lowering rules elsewhere "
@@ -243,10 +243,11 @@ class StockRules:
 
     def stock(self, primitive: Any) -> Callable[..., Any]:
         """The rule that JAX itself has; to be asked before it is replaced."""
-        entry = self._saved.get(primitive) or self._cpu.get(primitive) or self._common.get(primitive)
+        entry: Any = self._cpu.get(primitive) or self._common.get(primitive)
         if entry is None:
             raise RuntimeError(
-                f"accelerate() does not know JAX {jax.__version__}, which has no rule for {primitive}; nothing was replaced"
+                f"accelerate() does not know JAX {jax.__version__}, which has no lowering rule for {primitive}; "
+                "nothing was replaced"
             )
         return getattr(entry, "rule", entry)
 

@@ -91,10 +91,10 @@ def register(
         return to_stablehlo(ctx, *operands, **params)
 
     def cpu(ctx: Any, *operands: Any, implementation: str | None, **params: Any) -> Any:
-        obstacle = "" if implementation == "xla" else obstacle(ctx)
-        if obstacle and implementation == "native":
-            raise ValueError(f"implementation='native' cannot be had: {obstacle}")
-        if obstacle or implementation == "xla":
+        reason = "" if implementation == "xla" else obstacle(ctx)
+        if reason and implementation == "native":
+            raise ValueError(f"implementation='native' cannot be had: {reason}")
+        if reason or implementation == "xla":
             return to_stablehlo(ctx, *operands, **params)
         name, attributes = native(**params)  # type: ignore[misc]
         return _compat.call_native(ctx, library.target(name), *operands, **attributes)

@@ -124,7 +124,7 @@ class Reading:
 
 
 def recognise(
-    lhs: Any, rhs: Any, out: Any, params: dict[str, Any], *, reversed_kernel: bool = False
+    lhs: Any, rhs: Any, out: Any, params: dict[str, Any], reversed_kernel: bool = False
 ) -> Reading | str:
     """Reads a `conv_general_dilated`.
 

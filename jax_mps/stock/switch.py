@@ -133,7 +133,7 @@ def _turn_off() -> None:
 class _Call:
     """A stock operation while it is lowered: its operands, their types, and how to read them."""
 
-    reading: Reading | str
+    reading: Any  # a `Reading`, or the reason why there is none
     operands: Sequence[Any]
     avals: Sequence[Any]
 
@@ -142,7 +142,7 @@ def _convolution(ctx: Any, lhs: Any, rhs: Any, **params: Any) -> _Call:
     spatial = set(params["dimension_numbers"].rhs_spec[2:])
     before = _compat.reversed_operand(rhs)
     known = before is not None and before[1] == spatial
-    reading = convolution.recognise(*ctx.avals_in, *ctx.avals_out, params, reversed_kernel=known)
+    reading = convolution.recognise(*ctx.avals_in, *ctx.avals_out, params, known)
     if before is not None and isinstance(reading, convolution.Reading) and reading.unreversed:
         rhs = before[0]
     return _Call(reading, (lhs, rhs), ctx.avals_in)
@@ -186,16 +186,12 @@ def _rule(primitive: Any, stock: Callable[..., Any], read: Callable[..., _Call])
     def lower(ctx: Any, *operands: Any, **params: Any) -> Any:
         if _switch is None or not _switch.value:
             return stock(ctx, *operands, **params)
-        reason = rule.obstacle(ctx)
-        call = None if reason else read(ctx, *operands, **params)
-        if call is not None:
-            if isinstance(call.reading, str):
-                reason, call = call.reading, None
-            else:
-                ours, reason = choose(call.reading)
-                call = call if ours else None
-        _record(primitive, ctx, call is not None, reason)
-        if call is None:
+        ours, why = False, rule.obstacle(ctx)
+        if not why:
+            call = read(ctx, *operands, **params)
+            ours, why = (False, call.reading) if isinstance(call.reading, str) else choose(call.reading)
+        _record(primitive, ctx, ours, why)
+        if not ours:
             return stock(ctx, *operands, **params)
         return _compat.lower_plainly(call.reading)(ctx.replace(avals_in=call.avals), *call.operands)
 
