@@ -142,7 +142,8 @@ def _convolution(ctx: Any, lhs: Any, rhs: Any, **params: Any) -> _Call:
     spatial = set(params["dimension_numbers"].rhs_spec[2:])
     before = _compat.reversed_operand(rhs)
     known = before is not None and before[1] == spatial
-    reading = convolution.recognise(*ctx.avals_in, *ctx.avals_out, params, known)
+    (first, second), (out,) = ctx.avals_in, ctx.avals_out
+    reading = convolution.recognise(first, second, out, params, known)
     if before is not None and isinstance(reading, convolution.Reading) and reading.unreversed:
         rhs = before[0]
     return _Call(reading, (lhs, rhs), ctx.avals_in)
