@@ -16,12 +16,15 @@ from jax_mps.ops.convolution import (
 from jax_mps.ops.l2_pooling import l2_pool, l2_pool_gradient
 from jax_mps.ops.max_pooling import max_pool, max_pool_gradient
 from jax_mps.ops.max_unpooling import max_unpool
+from jax_mps.stock.switch import Acceleration, accelerate
 
 if TYPE_CHECKING:
     from jax_mps import mps
 
 __all__ = [
+    "Acceleration",
     "__version__",
+    "accelerate",
     "avg_pool",
     "avg_pool_gradient",
     "conv_transpose",

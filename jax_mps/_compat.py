@@ -22,6 +22,7 @@ from typing import Any
 
 import jax
 import jax.core
+import numpy as np
 from jax import lax
 from jax._src.core import InconclusiveDimensionOperation  # no public name since JAX 0.11
 from jax.interpreters import ad, mlir
@@ -235,3 +236,113 @@ def ffi_api_minor() -> int:
     header = Path(ffi.include_dir()) / "xla" / "ffi" / "api" / "c_api.h"
     match = re.search(r"#define\s+XLA_FFI_API_MINOR\s+(\d+)", header.read_text())
     return int(match.group(1)) if match else 0
+
+
+# --- stock primitives ---------------------------------------------------------------------------------
+
+
+class StockRules:
+    """The lowering rules that JAX has for its own primitives on the CPU, and others in their place.
+
+    Raises:
+      RuntimeError: this JAX keeps its rules elsewhere.
+    """
+
+    def __init__(self) -> None:
+        try:
+            from jax._src.interpreters import mlir as private
+
+            self._cpu = private._platform_specific_lowerings["cpu"]
+            self._common = private._lowerings
+            self._uncacheable: set[Any] = getattr(private, "_uncacheable_primitives", set())
+        except (ImportError, AttributeError, KeyError) as error:
+            raise RuntimeError(
+                f"accelerate() does not know JAX {jax.__version__}, which keeps its lowering rules elsewhere "
+                f"({error}); nothing was replaced"
+            ) from error
+        self._saved: dict[Any, Any] = {}
+
+    def stock(self, primitive: Any) -> Callable[..., Any]:
+        """The rule that JAX itself has; to be asked before it is replaced."""
+        entry: Any = self._cpu.get(primitive) or self._common.get(primitive)
+        if entry is None:
+            raise RuntimeError(
+                f"accelerate() does not know JAX {jax.__version__}, which has no rule for {primitive}; "
+                "nothing was replaced"
+            )
+        return getattr(entry, "rule", entry)
+
+    def replace(self, primitive: Any, rule: Callable[..., Any]) -> None:
+        """Puts a rule for the CPU in place."""
+        self._saved[primitive] = self._cpu.get(primitive)
+        mlir.register_lowering(primitive, rule, platform="cpu")
+        # A cached rule does not see which operations made its operands.
+        self._uncacheable.add(primitive)
+
+    def restore(self) -> None:
+        """Puts JAX's own rules back."""
+        for primitive, entry in self._saved.items():
+            self._uncacheable.discard(primitive)
+            if entry is None:
+                del self._cpu[primitive]
+            else:
+                self._cpu[primitive] = entry
+        self._saved.clear()
+
+
+class Switch:
+    """A value for the whole process that programs are compiled for: another one compiles them again."""
+
+    def __init__(self) -> None:
+        # Part of the keys of JAX's caches from JAX 0.9 on; before, caches are cleared.
+        make = getattr(jax, "make_user_context", None)
+        self._context = make(False) if make is not None else None
+        self._value = False
+
+    @property
+    def value(self) -> bool:
+        return bool(self._value if self._context is None else self._context.value)
+
+    def set(self, value: bool) -> None:
+        if self._context is not None:
+            self._context.set_global(value)
+        elif value != self._value:
+            self._value = value
+            jax.clear_caches()
+
+
+def _maker(value: Any, name: str) -> Any:
+    """The StableHLO operation that made a value while lowering, if it is known and has that name."""
+    operation = getattr(value, "owner", None)
+    operation = getattr(operation, "operation", operation)
+    return operation if getattr(operation, "name", None) == name else None
+
+
+def reversed_operand(value: Any) -> tuple[Any, set[int]] | None:
+    """If a value is a reversal: of what, and of which axes."""
+    operation = _maker(value, "stablehlo.reverse")
+    if operation is None:
+        return None
+    return operation.operands[0], {int(i) for i in operation.attributes["dimensions"]}
+
+
+def padded_operand(value: Any) -> tuple[Any, tuple[int, ...], list[tuple[int, int, int]]] | None:
+    """If a value is padded with zeros: of what, of which shape, and `(low, high, interior)` for each axis."""
+    operation = _maker(value, "stablehlo.pad")
+    if operation is None:
+        return None
+    operand, fill = operation.operands
+    while (spread := _maker(fill, "stablehlo.broadcast_in_dim")) is not None:
+        fill = spread.operands[0]
+    constant = _maker(fill, "stablehlo.constant")
+    if constant is None or np.any(np.array(constant.attributes["value"]) != 0):
+        return None
+    names = ("edge_padding_low", "edge_padding_high", "interior_padding")
+    columns = ([int(n) for n in operation.attributes[name]] for name in names)
+    return operand, tuple(operand.type.shape), list(zip(*columns, strict=True))
+
+
+def is_tracing() -> bool:
+    """Whether JAX is tracing a function in this thread."""
+    clean = getattr(jax.core, "trace_state_clean", None)
+    return not clean() if clean is not None else isinstance(jax.numpy.zeros(()), jax.core.Tracer)

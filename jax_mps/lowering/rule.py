@@ -91,10 +91,10 @@ def register(
         return to_stablehlo(ctx, *operands, **params)
 
     def cpu(ctx: Any, *operands: Any, implementation: str | None, **params: Any) -> Any:
-        obstacle = "" if implementation == "xla" else _obstacle(ctx)
-        if obstacle and implementation == "native":
-            raise ValueError(f"implementation='native' cannot be had: {obstacle}")
-        if obstacle or implementation == "xla":
+        reason = "" if implementation == "xla" else obstacle(ctx)
+        if reason and implementation == "native":
+            raise ValueError(f"implementation='native' cannot be had: {reason}")
+        if reason or implementation == "xla":
             return to_stablehlo(ctx, *operands, **params)
         name, attributes = native(**params)  # type: ignore[misc]
         return _compat.call_native(ctx, library.target(name), *operands, **attributes)
@@ -113,7 +113,7 @@ def _check_apple_has(name: str, avals: Sequence[Any]) -> None:
             )
 
 
-def _obstacle(ctx: Any) -> str:
+def obstacle(ctx: Any) -> str:
     """Why a native kernel cannot serve here; empty if it can."""
     if _compat.for_export(ctx):
         return "an exported program must not depend on this library"

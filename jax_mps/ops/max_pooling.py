@@ -242,6 +242,18 @@ def gradient(
     return lax.convert_element_type(edges.expose(dx, x, window, start, edge), g.dtype)
 
 
+def scatter(g: Array, x: Array, window: Window, start: int) -> Array:
+    """The gradient of the maximum as `lax.select_and_scatter_add` has it."""
+    params = {"window": window, "start": start, "implementation": None}
+    return _put(g, max_pool_tap_index_p.bind(x, **params), **params)
+
+
+def gather(t: Array, x: Array, window: Window, start: int) -> Array:
+    """The tangent of the maximum as `lax.select_and_gather_add` has it."""
+    params = {"window": window, "start": start, "implementation": None}
+    return _take(t, max_pool_tap_index_p.bind(x, **params), **params)
+
+
 # --- primitives ---------------------------------------------------------------------------------------
 
 

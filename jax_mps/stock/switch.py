@@ -1,0 +1,209 @@
+"""The switch: rules for stock primitives on the CPU, put in place on request and taken back."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import types
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax import lax
+
+from jax_mps import _compat
+from jax_mps.lowering import library, rule
+from jax_mps.stock import convolution, windows
+from jax_mps.stock.choices import Reading, choose
+from jax_mps.stock.report import Report, Row, type_name
+
+__all__ = ["Acceleration", "accelerate"]
+
+_lock = threading.RLock()
+_active: list[Acceleration] = []
+_switch: _compat.Switch | None = None
+_rules: _compat.StockRules | None = None
+
+
+class Acceleration:
+    """What `accelerate()` returns: a handle, and a context manager that restores at its end."""
+
+    def __init__(self) -> None:
+        self._report = Report()
+
+    def restore(self) -> None:
+        """Ends this acceleration: when none is left, stock programs are JAX's own again."""
+        with _lock:
+            if self in _active:
+                _active.remove(self)
+                if not _active:
+                    _turn_off()
+
+    def report(self) -> Report:
+        """What was lowered since this handle was made: operation, types, whose code, and why."""
+        return self._report
+
+    def __enter__(self) -> Acceleration:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: types.TracebackType | None
+    ) -> None:
+        self.restore()
+
+
+def accelerate() -> Acceleration:
+    """Makes stock JAX programs of this process use the kernels of this library on the CPU.
+
+    From this call on, every program that JAX lowers for one CPU device (or for a `shard_map` over all axes)
+    has its ordinary and transposed convolutions, their gradients, its windowed maxima, minima and sums and
+    their gradients replaced, where a kernel of this library computes the same and is faster. Nothing in the
+    model changes: gradients, `vmap`, `scan`, `remat` work as before, for the replacement is made when a
+    program is lowered.
+
+        y = conv_general_dilated(x, kernel)    becomes    y = conv_transpose_gradient_data(x, kernel)
+
+    Results are those of stock JAX up to rounding; half precision is summed in float32 and rounded once. NaN
+    and ties of maxima are treated as stock JAX treats them.
+
+    Calls may be nested and made from any thread; the last handle that is restored turns the replacement
+    off. Programs that were compiled before are compiled again, with JAX 0.9 and newer since the switch is
+    part of the keys of JAX's caches. On older versions what JAX has compiled is forgotten each time the
+    switch turns.
+
+    Returns:
+      A handle: `restore()` ends it, `with` restores at the end, `report()` says what was lowered, by whose
+      code, and why. Without the native library nothing is replaced, and a warning says so.
+
+    Raises:
+      RuntimeError: called while JAX traces a function; JAX keeps its lowering rules elsewhere than any
+        known version (nothing is replaced then); or the environment says `JAX_MPS_NATIVE=required` and the
+        library cannot be used.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, jax_mps
+      >>> image, kernel = jnp.ones((1, 32, 32, 16)), jnp.ones((3, 3, 16, 16))
+      >>> def loss(kernel):
+      ...     return jax.lax.conv_general_dilated(
+      ...         image, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")).sum()
+      >>> with jax_mps.accelerate() as handle:
+      ...     gradient = jax.grad(loss)(kernel)
+      >>> gradient.shape, len(handle.report()) > 0 or not jax_mps.native_available()
+      ((3, 3, 16, 16), True)
+
+    Source: the primitives of `jax.lax`; the switch follows scikit-learn-intelex's `patch_sklearn`.
+    """
+    if _compat.is_tracing():
+        raise RuntimeError(
+            "accelerate() was called while JAX traces a function; call it before, outside of jit and grad"
+        )
+    handle = Acceleration()
+    with _lock:
+        status = library.status()
+        if not status.available:
+            warnings.warn(f"accelerate() replaces nothing: {status.reason}", stacklevel=2)
+            return handle
+        if not _active:
+            _turn_on()
+        _active.append(handle)
+    return handle
+
+
+def _turn_on() -> None:
+    global _switch, _rules
+    rules = _compat.StockRules()
+    replacements = [
+        (primitive, _rule(primitive, rules.stock(primitive), read)) for primitive, read in _READERS.items()
+    ]
+    _switch, _rules = _switch or _compat.Switch(), rules
+    for primitive, replacement in replacements:
+        rules.replace(primitive, replacement)
+    _switch.set(True)
+
+
+def _turn_off() -> None:
+    assert _switch is not None
+    assert _rules is not None
+    _switch.set(False)
+    _rules.restore()
+
+
+# --- from a primitive to a reading --------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """A stock operation while it is lowered: its operands, their types, and how to read them."""
+
+    reading: Any  # a `Reading`, or the reason why there is none
+    operands: Sequence[Any]
+    avals: Sequence[Any]
+
+
+def _convolution(ctx: Any, lhs: Any, rhs: Any, **params: Any) -> _Call:
+    spatial = set(params["dimension_numbers"].rhs_spec[2:])
+    before = _compat.reversed_operand(rhs)
+    known = before is not None and before[1] == spatial
+    (first, second), (out,) = ctx.avals_in, ctx.avals_out
+    reading = convolution.recognise(first, second, out, params, known)
+    if before is not None and isinstance(reading, convolution.Reading) and reading.unreversed:
+        rhs = before[0]
+    return _Call(reading, (lhs, rhs), ctx.avals_in)
+
+
+def _sum(ctx: Any, x: Any, **params: Any) -> _Call:
+    (aval,), (out,) = ctx.avals_in, ctx.avals_out
+    unwindowed = all(pad == (0, 0) for pad in params["padding"]) and all(
+        b == 1 for b in params["base_dilation"]
+    )
+    padded = _compat.padded_operand(x) if unwindowed else None
+    if padded is not None:
+        operand, shape, config = padded
+        before = jax.ShapeDtypeStruct(shape, aval.dtype)
+        reading = windows.recognise_sum(aval, out, params, (before, config))
+        if isinstance(reading, windows.Reading):
+            return _Call(reading, (operand,), (before,))
+    return _Call(windows.recognise_sum(aval, out, params), (x,), ctx.avals_in)
+
+
+def _plain(read: Callable[..., Reading | str]) -> Callable[..., _Call]:
+    def call(ctx: Any, *operands: Any, **params: Any) -> _Call:
+        return _Call(read(*ctx.avals_in, *ctx.avals_out, params), operands, ctx.avals_in)
+
+    return call
+
+
+_READERS: dict[Any, Callable[..., _Call]] = {
+    lax.conv_general_dilated_p: _convolution,
+    lax.reduce_window_max_p: _plain(windows.recognise_max),
+    lax.reduce_window_min_p: _plain(windows.recognise_min),
+    lax.reduce_window_sum_p: _sum,
+    lax.select_and_scatter_add_p: _plain(windows.recognise_scatter),
+    lax.select_and_gather_add_p: _plain(windows.recognise_gather),
+}
+
+
+def _rule(primitive: Any, stock: Callable[..., Any], read: Callable[..., _Call]) -> Callable[..., Any]:
+    """The rule for the CPU: ours where the switch is on and the operation is recognised, or the stock one."""
+
+    def lower(ctx: Any, *operands: Any, **params: Any) -> Any:
+        if _switch is None or not _switch.value:
+            return stock(ctx, *operands, **params)
+        ours, why = False, rule.obstacle(ctx)
+        if not why:
+            call = read(ctx, *operands, **params)
+            ours, why = (False, call.reading) if isinstance(call.reading, str) else choose(call.reading)
+        _record(primitive, ctx, ours, why)
+        if not ours:
+            return stock(ctx, *operands, **params)
+        return _compat.lower_plainly(call.reading)(ctx.replace(avals_in=call.avals), *call.operands)
+
+    return lower
+
+
+def _record(primitive: Any, ctx: Any, ours: bool, why: str) -> None:
+    row = Row(primitive.name, tuple(map(type_name, ctx.avals_in)), type_name(ctx.avals_out[0]), ours, why)
+    with _lock:
+        for handle in _active:
+            handle.report().add(row)

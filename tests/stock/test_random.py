@@ -1,0 +1,64 @@
+"""Random stock operations, accelerated and not: values, tangents, gradients, and tangents of gradients.
+
+Stock convolutions are computed in float64: in float32 XLA's CPU compiler reads beside the array where
+padding is negative.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+import jax_mps
+import stock_random
+
+pytestmark = pytest.mark.usefixtures("native")
+
+GROUP = 25
+"""Operations of a test: most of the time of one alone would go into starting it."""
+
+
+def derivatives(f: Callable[..., Any], operands: Sequence[np.ndarray], seed: int) -> dict[str, Any]:
+    """What is compared, from one program."""
+    rng = np.random.default_rng(seed)
+    like = jax.eval_shape(f, *operands)
+    tangents = tuple(rng.standard_normal(x.shape).astype(x.dtype) for x in operands)
+    cotangent = rng.standard_normal(like.shape).astype(like.dtype)
+
+    def everything(operands: Any, tangents: Any, cotangent: Any) -> dict[str, Any]:
+        def gradient(*operands: Any) -> Any:
+            return jax.vjp(f, *operands)[1](cotangent)
+
+        value, tangent = jax.jvp(f, operands, tangents)
+        gradients, second = jax.jvp(gradient, operands, tangents)
+        return {"value": value, "tangent": tangent, "gradient": gradients, "second": second}
+
+    found = jax.jit(everything)(tuple(operands), tangents, cotangent)
+    return jax.tree.map(lambda x: np.asarray(x, np.float64), found)
+
+
+def compare(case: stock_random.Case, seed: int, reference: Any = np.float64) -> jax_mps.Any:
+    """Stock and accelerated, compared; returns what was lowered."""
+    wanted = derivatives(case.function, [x.astype(reference) for x in case.operands], seed)
+    with jax_mps.accelerate() as handle:
+        found = derivatives(case.function, case.operands, seed)
+    rounding = {"float32": 2e-5, "float16": 2e-2, "bfloat16": 1e-1}[case.operands[0].dtype.name]
+    for name, expected in wanted.items():
+        for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(found[name]), strict=True):
+            size = np.abs(a[np.isfinite(a)]).max(initial=1e-3)
+            note = f"{name}: {case.note}"
+            np.testing.assert_allclose(b, a, rtol=rounding, atol=rounding * size, err_msg=note)
+    return handle.report()
+
+
+@pytest.mark.parametrize("first", range(0, 3000, GROUP))
+def test_convolutions(x64: None, first: int) -> None:
+    seeds = range(first, first + GROUP)
+    rows = [row for seed in seeds for row in compare(stock_random.convolution(seed), seed)]
+    ours = sum(row.ours for row in rows)
+    assert ours > 0.6 * len(rows)
+    assert all(row.ours or "no array can be the image" in row.why for row in rows)

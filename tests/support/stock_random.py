@@ -1,0 +1,123 @@
+"""Random stock operations: convolutions and windowed reductions with every kind of parameter, from a seed."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+Array = Any
+
+
+class Case(NamedTuple):
+    """A stock operation and operands for it."""
+
+    function: Callable[..., Array]
+    operands: tuple[np.ndarray, ...]
+    note: str
+    """What it is, for a failing test to print."""
+
+
+def convolution(seed: int, dtype: str = "float32") -> Case:
+    """A `conv_general_dilated` that has a result."""
+    rng = np.random.default_rng((seed, 1))
+
+    def draw(low: int, high: int, rank: int) -> tuple[int, ...]:
+        return tuple(int(n) for n in rng.integers(low, high, rank))
+
+    def shuffled(letters: str) -> str:
+        return "".join(rng.permutation(list(letters)))
+
+    while True:
+        rank = int(rng.integers(1, 4))
+        groups = int(rng.choice([1, 1, 2, 3, 5]))
+        features, batches = (groups, 1) if rng.random() < 0.7 else (1, groups)
+        per_group, outputs, batch = draw(1, 5, 3)
+        if rng.random() < 0.3:  # depthwise, with a multiplier
+            per_group, outputs = 1, int(rng.integers(1, 3))
+        ones = (1,) * rank
+        role = rng.choice(["ordinary", "dilated", "transposed", "weights", "both", "any"])
+        strides = draw(1, 4, rank) if role in ("ordinary", "weights", "any") else ones
+        lhs_dilation = draw(1, 4, rank) if role in ("transposed", "both", "any") else ones
+        rhs_dilation = draw(1, 4, rank) if role in ("dilated", "weights", "both", "any") else ones
+        padding = [draw(-2, 5, 2) for _ in range(rank)]
+        letters = "DHW"[:rank]
+        specs = (shuffled("NC" + letters), shuffled("OI" + letters), shuffled("NC" + letters))
+        if rng.random() < 0.5:
+            specs = ("N" + letters + "C", letters + "IO", "N" + letters + "C")
+        elif rng.random() < 0.5:
+            specs = ("NC" + letters, "OI" + letters, "NC" + letters)
+        channels = {"N": batch * batches, "C": per_group * features, "I": per_group, "O": outputs * groups}
+        image = channels | dict(zip(letters, draw(1, 10, rank), strict=True))
+        kernel = channels | dict(zip(letters, draw(1, 6, rank), strict=True))
+        call: dict[str, Any] = {
+            "window_strides": strides,
+            "padding": padding,
+            "lhs_dilation": lhs_dilation,
+            "rhs_dilation": rhs_dilation,
+            "dimension_numbers": specs,
+            "feature_group_count": features,
+            "batch_group_count": batches,
+        }
+        shapes = [[image[c] for c in specs[0]], [kernel[c] for c in specs[1]]]
+        types = [jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for shape in shapes]
+
+        def function(x: Array, k: Array, call: Any = call) -> Array:
+            return lax.conv_general_dilated(x, k, **call)
+
+        try:
+            out = jax.eval_shape(function, *types)
+        except (TypeError, ValueError):  # JAX refuses it
+            continue
+        if 0 < out.size < 20000:
+            x, k = (rng.standard_normal(shape).astype(jnp.dtype(dtype)) for shape in shapes)
+            return Case(function, (x, k), f"{call} of {shapes}")
+
+
+def _reduce(x: Array, *, kind: str, **call: Any) -> Array:
+    first, combine = {"max": (-np.inf, lax.max), "min": (np.inf, lax.min), "sum": (0, lax.add)}[kind]
+    return lax.reduce_window(x, np.array(first, x.dtype), combine, **call)
+
+
+def reduction(seed: int, kind: str, dtype: str = "float32", *, special: bool = False) -> Case:
+    """A `reduce_window` of a kind "max", "min" or "sum"; `special` has ties, NaN and infinities."""
+    rng = np.random.default_rng((seed, 2))
+
+    def draw(low: int, high: int, count: int) -> tuple[int, ...]:
+        return tuple(int(n) for n in rng.integers(low, high, count))
+
+    while True:
+        ndim = int(rng.integers(1, 6))
+        covered = rng.random(ndim) < 0.5
+        dims = tuple(int(n) if c else 1 for n, c in zip(rng.integers(1, 5, ndim), covered, strict=True))
+        strides = tuple(int(n) if c else 1 for n, c in zip(rng.integers(1, 4, ndim), covered, strict=True))
+        dilation = tuple(int(n) if c else 1 for n, c in zip(rng.integers(1, 3, ndim), covered, strict=True))
+        # A gradient of max pooling with dilated windows is what stock JAX does not have.
+        dilation = dilation if kind == "sum" or rng.random() < 0.2 else (1,) * ndim
+        padding = tuple((draw(0, 3, 2)) if c and rng.random() < 0.6 else (0, 0) for c in covered)
+        shape = draw(1, 9 if ndim < 4 else 6, ndim)
+        function = functools.partial(
+            _reduce,
+            kind=kind,
+            window_dimensions=dims,
+            window_strides=strides,
+            padding=padding,
+            window_dilation=dilation,
+        )
+
+        x = rng.standard_normal(shape)
+        if special:
+            x = np.round(x)
+            x[rng.random(shape) < 0.15] = -np.inf
+            x[rng.random(shape) < 0.05] = np.inf
+            if kind != "sum":
+                x[rng.random(shape) < 0.15] = np.nan
+        out = jax.eval_shape(function, jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)))
+        if 0 < out.size < 20000:
+            note = f"{kind} of {shape}: {dims}, strides {strides}, padding {padding}, dilation {dilation}"
+            return Case(function, (x.astype(jnp.dtype(dtype)),), note)
