@@ -12,7 +12,7 @@ from pathlib import Path
 from jax_mps import _compat
 from jax_mps._version import __version__
 
-INTERFACE = 2
+INTERFACE = 3
 """The number of the calling convention: names and attributes of the handlers. CMake compiles it in."""
 
 # A second copy of the library with another convention can live in the same process.
@@ -22,6 +22,7 @@ _HANDLERS = {
     "max_pool": "JaxMpsMaxPool",
     "max_pool_tap_index": "JaxMpsMaxPoolTapIndex",
     "max_pool_with_tap_index": "JaxMpsMaxPoolWithTapIndex",
+    "max_pool_selected_tap_index": "JaxMpsMaxPoolSelectedTapIndex",
     "max_pool_take": "JaxMpsMaxPoolTake",
     "max_pool_put": "JaxMpsMaxPoolPut",
     "avg_pool": "JaxMpsAvgPool",

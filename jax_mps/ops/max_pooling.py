@@ -243,15 +243,17 @@ def gradient(
 
 
 def scatter(g: Array, x: Array, window: Window, start: int) -> Array:
-    """The gradient of the maximum as `lax.select_and_scatter_add` has it."""
+    """The gradient of the maximum, as `lax.select_and_scatter_add` selects taps."""
     params = {"window": window, "start": start, "implementation": None}
-    return _put(g, max_pool_tap_index_p.bind(x, **params), **params)
+    tap_index = max_pool_selected_tap_index_p.bind(x, padding_first=False, **params)
+    return _put(g, tap_index, **params)
 
 
 def gather(t: Array, x: Array, window: Window, start: int) -> Array:
-    """The tangent of the maximum as `lax.select_and_gather_add` has it."""
+    """The tangent of the maximum, as `lax.select_and_gather_add` selects taps."""
     params = {"window": window, "start": start, "implementation": None}
-    return _take(t, max_pool_tap_index_p.bind(x, **params), **params)
+    tap_index = max_pool_selected_tap_index_p.bind(x, padding_first=True, **params)
+    return _take(t, tap_index, **params)
 
 
 # --- primitives ---------------------------------------------------------------------------------------
@@ -259,6 +261,11 @@ def gather(t: Array, x: Array, window: Window, start: int) -> Array:
 
 def _native(name: str) -> Any:
     return lambda *, window, start: (name, primitive.window_attributes(window, start))
+
+
+def _native_selected(*, window: Window, start: int, padding_first: bool) -> tuple[str, dict[str, Any]]:
+    attributes = primitive.window_attributes(window, start)
+    return "max_pool_selected_tap_index", attributes | {"padding_first": np.int64(padding_first)}
 
 
 def _tap_index_aval(x: Any, window: Window, start: int) -> Any:
@@ -276,6 +283,12 @@ max_pool_tap_index_p = primitive.define(
     lambda x, *, window, start, implementation: _tap_index_aval(x, window, start),
     xla_fun=pooling.max_pool_tap_index,
     native=_native("max_pool_tap_index"),
+)
+max_pool_selected_tap_index_p = primitive.define(
+    "max_pool_selected_tap_index",
+    lambda x, *, window, start, padding_first, implementation: _tap_index_aval(x, window, start),
+    xla_fun=pooling.max_pool_selected_tap_index,
+    native=_native_selected,
 )
 max_pool_with_tap_index_p = primitive.define(
     "max_pool_with_tap_index",
@@ -335,6 +348,7 @@ def _integer_jvp(prim: Any) -> Any:
 
 ad.primitive_jvps[max_pool_p] = _max_jvp
 ad.primitive_jvps[max_pool_with_tap_index_p] = _with_index_jvp
+ad.primitive_jvps[max_pool_selected_tap_index_p] = _integer_jvp(max_pool_selected_tap_index_p)
 ad.primitive_jvps[max_pool_tap_index_p] = _integer_jvp(max_pool_tap_index_p)
 ad.primitive_jvps[positions_p] = _integer_jvp(positions_p)
 primitive.define_multilinear(

@@ -156,6 +156,8 @@ def _selection(
         return f"dtypes {operand.dtype.name} and {pooled.dtype.name}, ours are one of {', '.join(FLOATS)}"
     if params["select_prim"] not in (lax.ge_p, lax.le_p):
         return f"it selects by {params['select_prim']}"
+    if any(low < 0 for low, _ in params["padding"]):
+        return "negative padding"
     minimum = params["select_prim"] is lax.le_p
 
     def select(moved: Array, operand: Array, window: Window, start: int) -> Array:

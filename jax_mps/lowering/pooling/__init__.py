@@ -21,6 +21,7 @@ parts that one kernel can read, no quotients of integers, and no scatter and gat
 |---|---|
 | `max.py`, `average.py`, `l2.py` | the poolings; the gradients of the last two |
 | `tap_index.py` | which tap a maximum has, and where that tap lies in the plane |
+| `selected_tap_index.py` | which tap stock JAX selects |
 | `take_put.py`, `tap_routes.py` | values from and to the chosen taps |
 | `unpool.py` | values to any positions |
 | `fold.py`, `sums.py`, `taps.py` | taps combined axis by axis, added up, or seen one by one |
@@ -30,6 +31,7 @@ parts that one kernel can read, no quotients of integers, and no scatter and gat
 from jax_mps.lowering.pooling.average import avg_pool, avg_pool_gradient
 from jax_mps.lowering.pooling.l2 import l2_pool, l2_pool_gradient, l2_pool_tangent
 from jax_mps.lowering.pooling.max import max_pool
+from jax_mps.lowering.pooling.selected_tap_index import max_pool_selected_tap_index
 from jax_mps.lowering.pooling.take_put import max_pool_put, max_pool_take
 from jax_mps.lowering.pooling.tap_index import max_pool_tap_index, max_pool_with_tap_index, positions
 from jax_mps.lowering.pooling.unpool import max_unpool, max_unpool_take
@@ -42,6 +44,7 @@ __all__ = [
     "l2_pool_tangent",
     "max_pool",
     "max_pool_put",
+    "max_pool_selected_tap_index",
     "max_pool_take",
     "max_pool_tap_index",
     "max_pool_with_tap_index",

@@ -17,6 +17,12 @@ struct WindowAttrs {
   Integers window_shape, strides, window_dilation, low;
 };
 
+struct SelectAttrs {
+  int64_t start;
+  Integers window_shape, strides, window_dilation, low;
+  int64_t padding_first;
+};
+
 struct AverageAttrs {
   int64_t start;
   Integers window_shape, strides, window_dilation, low;
@@ -36,6 +42,12 @@ XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(jax_mps::WindowAttrs, ffi::StructMember<in
                                       ffi::StructMember<jax_mps::Integers>("strides"),
                                       ffi::StructMember<jax_mps::Integers>("window_dilation"),
                                       ffi::StructMember<jax_mps::Integers>("low"));
+XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(jax_mps::SelectAttrs, ffi::StructMember<int64_t>("start"),
+                                      ffi::StructMember<jax_mps::Integers>("window_shape"),
+                                      ffi::StructMember<jax_mps::Integers>("strides"),
+                                      ffi::StructMember<jax_mps::Integers>("window_dilation"),
+                                      ffi::StructMember<jax_mps::Integers>("low"),
+                                      ffi::StructMember<int64_t>("padding_first"));
 XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(jax_mps::AverageAttrs, ffi::StructMember<int64_t>("start"),
                                       ffi::StructMember<jax_mps::Integers>("window_shape"),
                                       ffi::StructMember<jax_mps::Integers>("strides"),
@@ -186,6 +198,8 @@ class Call {
     problem_.stream |= ExceedsCaches(result->size_bytes());
   }
 
+  void SetPaddingFirst(bool padding_first) { problem_.padding_first = padding_first; }
+
   ffi::Error Run(ffi::ThreadPool& pool) {
     if (!error_.empty()) return ffi::Error::InvalidArgument("jax_mps: " + error_);
     if (empty_) return ffi::Error::Success();
@@ -235,6 +249,19 @@ ffi::Error MaxPool(ffi::ThreadPool pool, WindowAttrs attrs, Operand x, Result y)
   call.SetType(type);
   call.SetOperands({x});
   call.SetResult(0, y);
+  return call.Run(pool);
+}
+
+ffi::Error MaxPoolSelectedTapIndex(ffi::ThreadPool pool, SelectAttrs attrs, Operand x, Result tap) {
+  Call call(Op::kMaxPoolSelectedTapIndex);
+  const Type type = TypeOf(x.element_type()), second = TypeOf(tap->element_type());
+  call.Require(IsFloat(type), kFloat);
+  call.Require(IsTap(second), kTap);
+  call.SetWindows(x.dimensions(), tap->dimensions(), attrs);
+  call.SetType(type, second);
+  call.SetPaddingFirst(attrs.padding_first != 0);
+  call.SetOperands({x});
+  call.SetResult(0, tap);
   return call.Run(pool);
 }
 
@@ -391,6 +418,7 @@ ffi::Error MaxUnpoolTake(ffi::ThreadPool pool, PlaneAttrs attrs, Operand image, 
 JAX_MPS_HANDLER(MaxPool, WindowAttrs, 1, 1);
 JAX_MPS_HANDLER(MaxPoolTapIndex, WindowAttrs, 1, 1);
 JAX_MPS_HANDLER(MaxPoolWithTapIndex, WindowAttrs, 1, 2);
+JAX_MPS_HANDLER(MaxPoolSelectedTapIndex, SelectAttrs, 1, 1);
 JAX_MPS_HANDLER(MaxPoolTake, WindowAttrs, 2, 1);
 JAX_MPS_HANDLER(MaxPoolPut, WindowAttrs, 2, 1);
 JAX_MPS_HANDLER(AvgPool, AverageAttrs, 1, 1);

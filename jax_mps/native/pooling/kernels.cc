@@ -21,6 +21,7 @@ namespace {
 #include "simd.h"
 #include "pooling/walk.h"
 #include "pooling/max_pool.h"
+#include "pooling/selected_tap.h"
 #include "pooling/avg_pool.h"
 #include "pooling/l2_pool.h"
 #include "pooling/unpool.h"
@@ -102,6 +103,8 @@ bool Execute(const Problem& problem) {
       return WithOrder(type, [&](auto t) { return MaxPool<typename decltype(t)::type>(problem); });
     case Op::kMaxPoolTapIndex:
       return WithOrder(type, [&](auto t) { return MaxPoolTapIndex<typename decltype(t)::type>(problem); });
+    case Op::kMaxPoolSelectedTapIndex:
+      return WithFloat(type, [&](auto t) { return MaxPoolSelectedTapIndex<typename decltype(t)::type>(problem); });
     case Op::kMaxPoolTake:
       return WithFloatSize(type, [&](auto t) { return MaxPoolTake<typename decltype(t)::type>(problem); });
     case Op::kMaxPoolPut:

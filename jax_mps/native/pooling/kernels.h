@@ -9,7 +9,7 @@
 namespace jax_mps {
 
 enum class Op {
-  kMaxPool, kMaxPoolTapIndex, kMaxPoolTake, kMaxPoolPut, kAvgPool, kAvgPoolGradient,
+  kMaxPool, kMaxPoolTapIndex, kMaxPoolSelectedTapIndex, kMaxPoolTake, kMaxPoolPut, kAvgPool, kAvgPoolGradient,
   kL2Pool, kL2PoolTangent, kL2PoolGradient, kMaxUnpool, kMaxUnpoolTake,
 };
 
@@ -23,6 +23,7 @@ struct Problem {
   Geometry geometry;
   const void* operand[3];
   void* result[2];
+  bool padding_first;  // kMaxPoolSelectedTapIndex: whether padding is seen before the window
   bool stream;  // whether the result is too large for the caches
   const Workers* workers;
 };
