@@ -1,6 +1,6 @@
-"""Draws the pictures of the documentation that are in git. After a change of numbers: `docs/charts.py`.
+"""Draws the pictures of the documentation that are in git. Run it after a change of numbers.
 
-A chart for every `benchmarks/*.json`, and the windows of the start page. Needs matplotlib, and nothing else.
+A chart for every `benchmarks/*.json`, and the windows of the start page. Needs matplotlib and the library.
 """
 
 from __future__ import annotations

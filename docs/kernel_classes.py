@@ -37,7 +37,7 @@ def _sentence(match: re.Match[str]) -> str:
 
 
 def _field(setting: griffe.ExprCall) -> griffe.ExprCall | None:
-    """`setting(check, default, init=...)` as a call of `dataclasses.field`; nothing without a default."""
+    """`setting(check, default, init=...)` as a call of `dataclasses.field`, or nothing without a default."""
     _, *rest = setting.arguments
     named = {a.name: a.value for a in rest if isinstance(a, griffe.ExprKeyword)}
     positional = [a for a in rest if not isinstance(a, griffe.ExprKeyword)]
