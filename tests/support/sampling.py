@@ -15,7 +15,7 @@ MOST_CASES = 24
 
 
 def mark_sample(items: Sequence[pytest.Item], seed: int) -> None:
-    """Marks every test as `full`, and the sample as `sample`. A test that is already `full` is in no sample."""
+    """Marks every test as `full`, and the sample as `sample`, where no test is that marked itself `full`."""
     tests: dict[str, list[pytest.Item]] = {}
     for item in items:
         if item.get_closest_marker("full") is None:
