@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-MOST_CASES = 16
+MOST_CASES = 12
 """The sample holds about as many cases of one test."""
 
 
