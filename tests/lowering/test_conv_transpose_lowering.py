@@ -248,7 +248,7 @@ OTHERS = [
 @pytest.mark.parametrize(("platform", "name", "data_format"), [*CHOSEN, *OTHERS])
 def test_programs_for_other_platforms_have_the_same_values(platform, name, data_format, monkeypatch):
     """What Apple's plugins and CUDA would get, run on the CPU."""
-    monkeypatch.setattr("jax_mps.rule.platform_of", lambda ctx: platform)
+    monkeypatch.setattr("jax_mps.lowering.rule.platform_of", lambda ctx: platform)
     case, arrays = convs.CASES[name], convs.CASES[name].arrays(data_format)
     call = {**case.call, "data_format": data_format, "implementation": "xla"}
     ops = convs.OPS[:1] if platform == "apple" and name != "volume-groups" else convs.OPS
@@ -271,7 +271,7 @@ def test_the_programs_that_ran_are_those_of_the_platforms(platform, other, monke
         for op in convs.OPS:
             wanted = names(program(op, case, other))
             with monkeypatch.context() as patch:
-                patch.setattr("jax_mps.rule.platform_of", lambda ctx: platform)
+                patch.setattr("jax_mps.lowering.rule.platform_of", lambda ctx: platform)
                 found = names(program(op, case, "cpu", implementation="xla"))
             assert found == wanted
 

@@ -149,7 +149,7 @@ def test_max_pool_of_cuda_has_the_same_values(dtype, window, data_format, monkey
     pool = functools.partial(jax_mps.max_pool, **window, strides=1, data_format=data_format)
     slices = {p: lower(pool, x, platform=p).as_text().count("stablehlo.slice") for p in ("cuda", "tpu")}
     assert slices["cuda"] != slices["tpu"]
-    monkeypatch.setattr("jax_mps.rule.platform_of", lambda ctx: "cuda")
+    monkeypatch.setattr("jax_mps.lowering.rule.platform_of", lambda ctx: "cuda")
     lowered = jax.jit(functools.partial(pool, implementation="xla")).lower(x)
     assert lowered.as_text().count("stablehlo.slice") == slices["cuda"]
     expected, _ = oracle.max_pool(x, **window, strides=1, data_format=data_format)

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-MOST_CASES = 24
+MOST_CASES = 12
 """The sample holds about as many cases of one test."""
 
 
 def mark_sample(items: Sequence[pytest.Item], seed: int) -> None:
-    """Marks every test as `full`, and the sample as `sample`. A `full` test is in no sample."""
+    """Marks every test as `full`, and the sample as `sample`, where no test is that marked itself `full`."""
     tests: dict[str, list[pytest.Item]] = {}
     for item in items:
         if item.get_closest_marker("full") is None:
