@@ -1,5 +1,25 @@
 // Vectors of N lanes (GNU vector extensions) and the element types: how each is loaded, compared, converted and stored.
-// Included by kernels.cc inside the namespace of one instruction set, so that no inline function is shared between two.
+//
+// All in the namespace of one instruction set and without a name outside its translation unit, so that no inline function is
+// shared between two instruction sets.
+#pragma once
+
+#include <cstdint>
+#include <limits>
+#include <type_traits>
+#include <utility>
+
+#if defined(__x86_64__) || defined(_M_X64)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#include "isa.h"
+#include "types.h"
+
+namespace jax_mps::JAX_MPS_ISA {
+namespace {
 
 // For loops whose body is a function object: called instead, it would find what it captured in memory, which any store may
 // have changed for all that the compiler knows.
@@ -656,3 +676,6 @@ JAX_MPS_INLINE void Sweep(int64_t n, const Body& body) {
     Sweep<fewer, 1>(n, body);
   }
 }
+
+}  // namespace
+}  // namespace jax_mps::JAX_MPS_ISA
