@@ -37,14 +37,14 @@ struct AcrossTask {
   int64_t scratch() const { return kBlock * sizeof(WindowRow) + TapCount(problem) * sizeof(TapReach); }
 
   void Work(int64_t, Range windows, T* sums, void* scratch) const {
-    WindowRow* const pieces = static_cast<WindowRow*>(scratch);
-    TapReach* const reaches = reinterpret_cast<TapReach*>(pieces + kBlock);
+    WindowRow* const window_rows = static_cast<WindowRow*>(scratch);
+    TapReach* const reaches = reinterpret_cast<TapReach*>(window_rows + kBlock);
     for (int64_t tap = 0; tap < TapCount(problem); ++tap) reaches[tap] = TapReach(problem, tap);
     for (int64_t begin = windows.begin; begin < windows.end; begin += kBlock) {
       const Range block = {begin, Least(begin + kBlock, windows.end)};
-      for (const WindowRow& piece : List<WindowRow>{pieces, ListWindowRows(problem, block, pieces)}) {
+      for (const WindowRow& window_row : List<WindowRow>{window_rows, ListWindowRows(problem, block, window_rows)}) {
         for (int64_t tap = 0; tap < TapCount(problem); ++tap) {
-          const Span span = reaches[tap].At(problem, image, piece);
+          const Span span = reaches[tap].At(problem, image, window_row);
           if (span.count > 0) AddSpan(span, begin + span.at, sums + tap * depth * part_size());
         }
       }

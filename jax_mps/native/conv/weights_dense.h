@@ -145,7 +145,7 @@ struct WeightTask {
   Lanes<T> lanes() const { return {image_lanes ? run_taps * out : in}; }
   int64_t tiles_of_block() const { return (tiles + row_blocks - 1) / row_blocks; }
   int64_t panels_of_block() const { return (panels + lane_blocks - 1) / lane_blocks; }
-  // 16 more: for what PackStrips leaves behind, and lest the tiles share sets of the cache.
+  // 16 more: for what PackStrips leaves behind, and so that the tiles do not share sets of the cache.
   int64_t tile_room() const { return height * kBlock + 16; }
 
   Range RowsAt(int64_t tile) const {
@@ -213,95 +213,125 @@ struct WeightTask {
     return finite;
   }
 
+  struct Room {
+    T *rows, *panel;
+    Strip<T>* strips;
+    WindowRow* window_rows;
+    Span* spans;
+    Stretch* stretches;
+  };
+  Room RoomIn(void* scratch) const {
+    Room room;
+    room.rows = static_cast<T*>(scratch);
+    room.panel = room.rows + tiles_of_block() * tile_room();
+    room.strips = reinterpret_cast<Strip<T>*>(room.panel + kBlock * kPanel * kN);
+    room.window_rows = reinterpret_cast<WindowRow*>(room.strips + tiles_of_block());
+    room.spans = reinterpret_cast<Span*>(room.window_rows + kBlock);
+    room.stretches = reinterpret_cast<Stretch*>(room.spans + kBlock);
+    return room;
+  }
+
+  // A block of windows while it is worked on: its first source, its image, its rows, and what run `listed` meets of them.
+  struct Some {
+    int64_t count;
+    const E *source, *image;
+    List<WindowRow> window_rows;
+    Span* room;
+    List<Span> spans;
+    int64_t listed;
+  };
+
+  void ListSpans(int64_t run, Some& some) const {
+    if (some.listed == run) return;
+    some.listed = run;
+    int64_t number = 0;
+    const TapReach reach = ReachOf(run);
+    for (const WindowRow& window_row : some.window_rows) {
+      const Span span = reach.At(problem, image, window_row);
+      if (span.count > 0) some.room[number++] = span;
+    }
+    some.spans = {some.room, number};
+  }
+
+  // Strips of the image's windows that the listed run reaches, or of the source's.
+  template <int wide>
+  void PackSide(bool of_image, const Some& some, List<Strip<T>> strips) const {
+    if (!of_image) {
+      const E* const end = source.data + problem.batch * source.pixels() * source.channels;
+      return PackStrips<wide>(some.source, Bounds<E>{source.data, end, end}, source.channels, 0, some.count, strips);
+    }
+    const E* const end = image.data + problem.batch * image.pixels() * image.channels;
+    const int64_t step = problem.axis[2].stride * image.channels, line = image.size[2] * image.channels;
+    for (const Span& span : some.spans) {
+      const E* row = image.data + span.row * line;
+      PackStrips<wide>(some.image + span.pixel, Bounds<E>{row, row + line, end}, step, span.at, span.count, strips);
+    }
+  }
+
+  void PackRows(Range t, const Room& room, Some& some) const {
+    for (int64_t i = t.begin, next; i < t.end; i = next) {
+      next = image_lanes ? t.end : Least(t.end, (i / tiles_of_run + 1) * tiles_of_run);
+      if (!image_lanes) ListSpans(i / tiles_of_run, some);
+      const List<Strip<T>> strips = {room.strips + i - t.begin, next - i};
+      height > 8 ? PackSide<16>(!image_lanes, some, strips) : PackSide<8>(!image_lanes, some, strips);
+    }
+  }
+
+  // The lanes of a panel: where they lie, or packed.
+  const T* PanelOf(const Panel& panel, const Room& room, const Some& some) const {
+    if constexpr (std::is_same_v<E, T>) {
+      if (Direct()) return (image_lanes ? some.image : some.source) + panel.start;
+    }
+    Strip<T> vectors[kPanel];
+    for (int64_t v = 0; v < panel.vectors; ++v) {
+      vectors[v] = {panel.start + v * kN, Least(kN, lanes().count), room.panel + v * kN, panel.vectors * kN};
+    }
+    PackSide<kN>(image_lanes, some, {vectors, panel.vectors});
+    return room.panel;
+  }
+
   void Work(int64_t unit, Range windows, T* sums, void* scratch) const {
     const auto [group, t, p] = BlockAt(unit);
-    T* const packed_rows = static_cast<T*>(scratch);
-    T* const packed_panel = packed_rows + tiles_of_block() * tile_room();
-    Strip<T>* const strips = reinterpret_cast<Strip<T>*>(packed_panel + kBlock * kPanel * kN);
-    WindowRow* const pieces = reinterpret_cast<WindowRow*>(strips + tiles_of_block());
-    Span* const spans = reinterpret_cast<Span*>(pieces + kBlock);
-    Stretch* const stretches = reinterpret_cast<Stretch*>(spans + kBlock);
+    const Room room = RoomIn(scratch);
     for (int64_t i = t.begin; i < t.end; ++i) {
       const auto [begin, end] = RowsAt(i);
-      strips[i - t.begin] = {begin, end - begin, packed_rows + (i - t.begin) * tile_room(), end - begin};
+      room.strips[i - t.begin] = {begin, end - begin, room.rows + (i - t.begin) * tile_room(), end - begin};
     }
-
-    const E* const image_data = image.data + group * out;
-    const E* const image_end = image.data + problem.batch * image.pixels() * image.channels;
-    const E* const source_end = source.data + problem.batch * source.pixels() * source.channels;
-    const int64_t image_step = problem.axis[2].stride * image.channels, line = image.size[2] * image.channels;
-    const bool direct = Direct(), padded = Padded();
     for (int64_t begin = windows.begin; begin < windows.end; begin += kBlock) {
       const int64_t count = Least(kBlock, windows.end - begin);
-      const List<WindowRow> block = {pieces, ListWindowRows(problem, {begin, begin + count}, pieces)};
-      const E* const block_source = source.data + group * in + begin * source.channels;
-      if (padded && !Finite(block_source, count * source.channels)) {
+      Some some = {count, source.data + group * in + begin * source.channels, image.data + group * out, {room.window_rows, 0},
+                   room.spans, {room.spans, 0}, -1};
+      some.window_rows.number = ListWindowRows(problem, {begin, begin + count}, room.window_rows);
+      if (Padded() && !Finite(some.source, count * source.channels)) {
         // Zeros of the padding times this would not be zeros.
         __atomic_store_n(unfit, true, __ATOMIC_RELAXED);
         return;
       }
-      List<Span> run_spans = {spans, 0};
-      int64_t listed = -1;
-      const auto list = [&](int64_t run) {
-        if (listed == run) return;
-        listed = run;
-        run_spans.number = 0;
-        const TapReach reach = ReachOf(run);
-        for (const WindowRow& piece : block) {
-          const Span span = reach.At(problem, image, piece);
-          if (span.count > 0) spans[run_spans.number++] = span;
-        }
-      };
-      // Strips of the image's windows that a run reaches, or of the source's.
-      const auto pack = [&](auto wide, bool of_image, List<Strip<T>> some) {
-        constexpr int kWide = decltype(wide)::value;
-        if (!of_image) {
-          return PackStrips<kWide>(block_source, Bounds<E>{source.data, source_end, source_end}, source.channels, 0, count, some);
-        }
-        for (const Span& span : run_spans) {
-          const E* row = image.data + span.row * line;
-          PackStrips<kWide>(image_data + span.pixel, Bounds<E>{row, row + line, image_end}, image_step, span.at, span.count, some);
-        }
-      };
-      for (int64_t i = t.begin, next; i < t.end; i = next) {
-        next = image_lanes ? t.end : Least(t.end, (i / tiles_of_run + 1) * tiles_of_run);
-        if (!image_lanes) list(i / tiles_of_run);
-        const List<Strip<T>> some = {strips + i - t.begin, next - i};
-        height > 8 ? pack(Int<16>(), !image_lanes, some) : pack(Int<8>(), !image_lanes, some);
-      }
-      for (int64_t q = p.begin; q < p.end; ++q) {
-        const Panel panel = PanelAt(q);
-        const int64_t pitch = panel.vectors * kN;
-        const T* from = packed_panel;
-        int64_t step = pitch;
-        if (image_lanes) list(RunAt(0, q));
-        if (direct) {
-          if constexpr (std::is_same_v<E, T>) from = (image_lanes ? image_data : block_source) + panel.start;
-          step = LaneStep();
-        } else {
-          Strip<T> vectors[kPanel];
-          for (int64_t v = 0; v < panel.vectors; ++v) {
-            vectors[v] = {panel.start + v * kN, Least(kN, lanes().count), packed_panel + v * kN, pitch};
-          }
-          pack(Int<kN>(), image_lanes, {vectors, panel.vectors});
-        }
-        for (int64_t i = t.begin; i < t.end; ++i) {
-          const Strip<T>& strip = strips[i - t.begin];
-          list(RunAt(i, q));
-          for (int64_t s = 0; s < run_spans.number; ++s) {
-            const Span& span = spans[s];
-            stretches[s] = {span.at * strip.count, direct && image_lanes ? span.pixel : span.at * step, span.count};
-          }
-          WeightRow<T> tile[TileRows(1)];
-          for (int64_t r = 0; r < strip.count; ++r) tile[r] = {strip.to + r, r * pitch};
-          MultiplyBlock<true>(strip.count, panel.vectors, {stretches, run_spans.number}, tile, strip.count, from, step,
-                              SumsAt(i - t.begin, q - p.begin, sums));
-        }
-      }
+      PackRows(t, room, some);
+      for (int64_t q = p.begin; q < p.end; ++q) MultiplyTiles(t, q, room, some, sums + (q - p.begin) * kTile);
     }
   }
 
-  T* SumsAt(int64_t tile, int64_t panel, T* sums) const { return sums + tile * part_size() + panel * kTile; }
+  // Adds the products of a panel and all tiles to their sums.
+  void MultiplyTiles(Range t, int64_t q, const Room& room, Some& some, T* sums) const {
+    const Panel panel = PanelAt(q);
+    const int64_t pitch = panel.vectors * kN, step = Direct() ? LaneStep() : pitch;
+    const bool in_image = Direct() && image_lanes;
+    if (image_lanes) ListSpans(RunAt(0, q), some);
+    const T* const from = PanelOf(panel, room, some);
+    for (int64_t i = t.begin; i < t.end; ++i) {
+      const Strip<T>& strip = room.strips[i - t.begin];
+      ListSpans(RunAt(i, q), some);
+      for (int64_t s = 0; s < some.spans.number; ++s) {
+        const Span& span = some.spans.first[s];
+        room.stretches[s] = {span.at * strip.count, in_image ? span.pixel : span.at * step, span.count};
+      }
+      WeightRow<T> tile[TileRows(1)];
+      for (int64_t r = 0; r < strip.count; ++r) tile[r] = {strip.to + r, r * pitch};
+      MultiplyBlock<true>(strip.count, panel.vectors, {room.stretches, some.spans.number}, tile, strip.count, from, step,
+                          sums + (i - t.begin) * part_size());
+    }
+  }
 
   template <class R>
   void Emit(int64_t unit, int64_t part, const T* sums, R* result) const {
@@ -354,38 +384,38 @@ struct DirectTask {
     return kBlock * sizeof(WindowRow) + rows * sizeof(Meeting) + problem.axis[2].taps * sizeof(Range);
   }
 
-  // The windows of a piece that a row meets inside the image, and the element that the piece's first window would have.
+  // The windows that a row of weights meets inside the image, and the element that the first window of their row would have.
   struct Meeting {
     Range windows;
     int64_t first, row;
   };
 
   void Work(int64_t group, Range windows, T* sums, void* scratch) const {
-    WindowRow* const pieces = static_cast<WindowRow*>(scratch);
-    Meeting* const meetings = reinterpret_cast<Meeting*>(pieces + kBlock);
+    WindowRow* const window_rows = static_cast<WindowRow*>(scratch);
+    Meeting* const meetings = reinterpret_cast<Meeting*>(window_rows + kBlock);
     Range* const reached = reinterpret_cast<Range*>(meetings + rows);
     for (int64_t k = 0; k < problem.axis[2].taps; ++k) reached[k] = Reached(problem.axis[2], k);
     for (int64_t begin = windows.begin; begin < windows.end; begin += kBlock) {
       const Range block = {begin, Least(begin + kBlock, windows.end)};
-      for (const WindowRow& piece : List<WindowRow>{pieces, ListWindowRows(problem, block, pieces)}) {
-        const T* line = source.data + source.row(piece.batch, piece.plane, piece.line) + piece.begin * source.channels;
-        const List<Meeting> met = {meetings, ListMeetings(piece, reached, meetings)};
-        Add(piece.count, image.data + group * out, line + group * lanes.count, met, sums);
+      for (const WindowRow& window_row : List<WindowRow>{window_rows, ListWindowRows(problem, block, window_rows)}) {
+        const T* line = source.data + source.row(window_row.batch, window_row.plane, window_row.line) + window_row.begin * source.channels;
+        const List<Meeting> met = {meetings, ListMeetings(window_row, reached, meetings)};
+        Add(window_row.count, image.data + group * out, line + group * lanes.count, met, sums);
       }
     }
   }
 
-  int64_t ListMeetings(const WindowRow& piece, const Range* reached, Meeting* meetings) const {
+  int64_t ListMeetings(const WindowRow& window_row, const Range* reached, Meeting* meetings) const {
     const Axis* axis = problem.axis;
     int64_t number = 0, row = 0;
     for (int64_t k0 = 0; k0 < axis[0].taps; ++k0) {
-      const int64_t i = axis[0].stride * piece.plane - axis[0].low + axis[0].dilation * k0;
+      const int64_t i = axis[0].stride * window_row.plane - axis[0].low + axis[0].dilation * k0;
       for (int64_t k1 = 0; k1 < axis[1].taps; ++k1, row += axis[2].taps * out) {
-        const int64_t j = axis[1].stride * piece.line - axis[1].low + axis[1].dilation * k1;
+        const int64_t j = axis[1].stride * window_row.line - axis[1].low + axis[1].dilation * k1;
         if (i < 0 || i >= axis[0].size || j < 0 || j >= axis[1].size) continue;
-        int64_t first = image.row(piece.batch, i, j) + (axis[2].stride * piece.begin - axis[2].low) * image.channels;
+        int64_t first = image.row(window_row.batch, i, j) + (axis[2].stride * window_row.begin - axis[2].low) * image.channels;
         for (int64_t k2 = 0; k2 < axis[2].taps; ++k2, first += axis[2].dilation * image.channels) {
-          const Range windows = {Most(0, reached[k2].begin - piece.begin), Least(piece.count, reached[k2].end - piece.begin)};
+          const Range windows = {Most(0, reached[k2].begin - window_row.begin), Least(window_row.count, reached[k2].end - window_row.begin)};
           if (windows.begin >= windows.end) continue;
           for (int64_t c = 0; c < out; ++c) meetings[number++] = {windows, first + c, row + k2 * out + c};
         }

@@ -19,14 +19,14 @@ struct WindowRow {
   int64_t batch, plane, line, begin, count, at;
 };
 
-// Lists the pieces of a range of windows; as many as there are windows at most.
-inline int64_t ListWindowRows(const ConvProblem& p, Range windows, WindowRow* pieces) {
+// Lists the rows that a range of windows lies in; as many as there are windows at most.
+inline int64_t ListWindowRows(const ConvProblem& p, Range windows, WindowRow* window_rows) {
   const int64_t width = p.axis[2].windows;
   int64_t number = 0;
   for (int64_t w = windows.begin; w < windows.end; ++number) {
     const int64_t line = w / width, begin = w % width;
     const int64_t count = Least(width - begin, windows.end - w);
-    pieces[number] = {line / p.axis[1].windows / p.axis[0].windows, line / p.axis[1].windows % p.axis[0].windows,
+    window_rows[number] = {line / p.axis[1].windows / p.axis[0].windows, line / p.axis[1].windows % p.axis[0].windows,
                       line % p.axis[1].windows, begin, count, w - windows.begin};
     w += count;
   }
@@ -69,14 +69,14 @@ struct TapReach {
   }
 
   template <class E>
-  Span At(const ConvProblem& p, const Array<const E>& image, const WindowRow& piece) const {
-    const int64_t i = piece.plane, j = piece.line;
-    const int64_t begin = Most(piece.begin, windows[2].begin), end = Least(piece.begin + piece.count, windows[2].end);
+  Span At(const ConvProblem& p, const Array<const E>& image, const WindowRow& window_row) const {
+    const int64_t i = window_row.plane, j = window_row.line;
+    const int64_t begin = Most(window_row.begin, windows[2].begin), end = Least(window_row.begin + window_row.count, windows[2].end);
     if (begin >= end || i < windows[0].begin || i >= windows[0].end || j < windows[1].begin || j >= windows[1].end) return {0, 0, 0, 0};
-    const int64_t plane = piece.batch * image.size[0] + p.axis[0].stride * i + pixel[0];
+    const int64_t plane = window_row.batch * image.size[0] + p.axis[0].stride * i + pixel[0];
     const int64_t row = plane * image.size[1] + p.axis[1].stride * j + pixel[1];
     const int64_t first = row * image.size[2] + p.axis[2].stride * begin + pixel[2];
-    return {piece.at + begin - piece.begin, end - begin, first * image.channels, row};
+    return {window_row.at + begin - window_row.begin, end - begin, first * image.channels, row};
   }
 };
 

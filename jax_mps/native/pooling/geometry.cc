@@ -11,6 +11,7 @@ constexpr int64_t kScratchBytes = 128 << 10;  // of a row: a fraction of the lev
 constexpr int64_t kRowBytes = 64 << 10;       // of a piece that needs no scratch
 constexpr int64_t kBandBytes = 1 << 20;       // of the sums of a band
 constexpr int64_t kPieceElements = 8 << 10;     // of a piece of a row of tiles
+constexpr int64_t kShortRow = 1024;             // elements of a row for strips
 constexpr int64_t kFewUnits = 64;             // so many pieces are enough for the threads to share
 constexpr int64_t kBlock = 2048;              // channels of a block, where there are more than twice as many
 
@@ -32,16 +33,24 @@ bool SameTaps(const Reach& a, const Reach& b) {
 }
 
 // Whether adding what the windows hold, one by one, takes less time than gathering it in vectors. The unit is what one window
-// of one channel takes. To gather, every run of targets takes about one unit to begin with, and a vector of targets one unit
-// for eight taps. A run is a pixel, or a row of them where targets are adjacent; a row has short runs at its ends, too.
+// of one channel takes. To gather, a vector of targets takes one unit for eight taps, and what comes before:
+//   many channels   one unit for every pixel, or thirty for a row of adjacent pixels
+//   few channels    ten for every row, and half a unit a pixel where rows have to be put together from phases. Pairs of
+//                   single numbers are put together in vectors.
 bool ScatterIsCheaper(const Geometry& geometry, int64_t lanes, int64_t tap_count) {
-  constexpr double kTapsOfUnit = 8, kUnitsOfRow = 30;
+  constexpr double kTapsOfUnit = 8;
   const Axis& row = geometry.axis[2];
   double windows = 1, pixels = 1;
   for (const Axis& axis : geometry.axis) windows *= axis.windows, pixels *= axis.size;
-  const double runs = row.stride == 1 ? std::min(1.0, kUnitsOfRow / row.size) : 1;
-  const double vectors = static_cast<double>(geometry.inner) / lanes;
-  return windows * geometry.inner < pixels * runs + windows * vectors * tap_count / kTapsOfUnit;
+  double start;  // units a pixel
+  if (geometry.inner >= lanes) {
+    start = row.stride == 1 ? std::min(1.0, 30.0 / row.size) : 1;
+  } else {
+    const bool pairs = row.stride == 2 && geometry.inner == 1;
+    start = 10.0 * geometry.axis[0].taps / row.size + (row.stride > 1 && !pairs ? 0.5 : 0);
+  }
+  const double vectors = windows * geometry.inner / lanes;
+  return windows * geometry.inner < pixels * start + vectors * tap_count / kTapsOfUnit;
 }
 
 }  // namespace
@@ -232,6 +241,42 @@ void Plan::ListDivisors(const Geometry& geometry) {
 }
 
 Plan::~Plan() { delete storage_; }
+
+Strips::Strips(const Geometry& geometry, int64_t lanes, int64_t source_bytes, int64_t sum_bytes)
+    : outer(geometry.outer), inner(geometry.inner) {
+  worthwhile = inner < lanes && geometry.axis[1].size > 1 && geometry.axis[2].windows > 1 && geometry.axis[2].size * inner <= kShortRow;
+  for (int a = 0; a < 3; ++a) {
+    Axis axis = geometry.axis[a];
+    windows[a] = axis.windows;
+    before[a] = 0;
+    if (a > 0) {
+      before[a] = std::max<int64_t>(0, -CeilDiv(axis.low - axis.dilation * (axis.taps - 1), axis.stride));
+      const int64_t behind = std::max<int64_t>(0, FloorDiv(axis.size - 1 + axis.low, axis.stride) + 1 - axis.windows);
+      worthwhile &= before[a] + behind <= axis.windows;
+      axis.low += axis.stride * before[a];
+      axis.windows += before[a] + behind;
+    }
+    line[a] = Line(axis, true);
+  }
+  planes = std::min(CeilDiv(line[0].axis.taps, -line[0].tap_step), windows[0]);
+  taps = CeilDiv(line[2].axis.taps, -line[2].tap_step);
+
+  // Of a plane, as much as leaves its copies in the cache and every thread something to do.
+  const Axis& axis = line[1].axis;
+  const int64_t total = CeilDiv(axis.size, axis.stride), halo = axis.dilation * (axis.taps - 1) / axis.stride;
+  const int64_t bytes = pitch() * (planes * source_bytes + line[2].axis.stride * sum_bytes);
+  const int64_t fair = outer * line[0].targets() * total / kFewUnits;
+  const int64_t group = std::clamp<int64_t>(std::min(kScratchBytes / bytes - halo, fair), std::min(1 + halo, total), total);
+  count = CeilDiv(total, group);
+  rows = CeilDiv(total, count) * axis.stride;
+  count = CeilDiv(axis.size, rows);
+  height = 0;
+  for (int64_t begin = 0; begin < axis.size; begin += rows) {
+    const Range sources = line[1].Sources(begin, std::min(begin + rows, axis.size));
+    height = std::max(height, sources.end - sources.begin);
+  }
+  worthwhile &= copied() * source_bytes + sums() * sum_bytes <= 4 * kScratchBytes;
+}
 
 Bands::Bands(const Geometry& geometry, int64_t lanes, int64_t sum_bytes)
     : outer(geometry.outer), inner(geometry.inner), axis(0), pitch(geometry.inner), tap_count(1), taps(nullptr) {

@@ -1,8 +1,8 @@
 // Windows as integers: which sources a target reads, and in which pieces a row of targets is worked through.
 //
 // Forward, the targets are windows and the sources are pixels; backward it is the other way round. `Plan` speaks of targets and
-// sources only: every kernel of pooling is the same gather, run in one of two directions. Backward there are two other ways,
-// where they take less time: `Bands` and `Tiles`.
+// sources only: every kernel of pooling is the same gather, run in one of two directions. Backward there are other ways,
+// where they take less time: `Strips`, `Bands` and `Tiles`.
 // Compiled once for the baseline instruction set; the kernels see plain data.
 #pragma once
 
@@ -102,7 +102,29 @@ struct Plan {
   Storage* storage_;
 };
 
-// A second way to walk backward, for few windows a pixel and for windows of many taps: window by window, what one holds is added to
+// A second way to walk backward, for planes of short rows: their ends would be runs of their own, and every row a piece. Here a
+// piece is a strip of rows, and reads copies of the windows with some that hold nothing around them, so that all targets of a
+// phase read the same taps.
+struct Strips {
+  int64_t outer, inner;
+  Line line[3];        // along the last two axes with the windows that hold nothing
+  int64_t windows[3];  // without them
+  int64_t before[3];   // those that hold nothing in front
+  int64_t rows;        // targets of a strip along axis 1: a multiple of the stride
+  int64_t count;       // strips of a plane
+  int64_t planes, height, taps;  // the most source planes that a strip reads, rows of each, and taps of a target in a row
+  bool worthwhile;
+
+  // Bytes of a source and of a sum.
+  Strips(const Geometry& geometry, int64_t lanes, int64_t source_bytes, int64_t sum_bytes);
+
+  int64_t units() const { return outer * line[0].targets() * count; }
+  int64_t pitch() const { return line[2].sources() * inner; }
+  int64_t copied() const { return (planes * height * pitch() + 1) / 2 * 2; }  // even: what follows is aligned, too
+  int64_t sums() const { return line[2].axis.stride * (rows / line[1].axis.stride) * pitch(); }
+};
+
+// A third way to walk backward, for few windows a pixel and for windows of many taps: window by window, what one holds is added to
 // the pixel of its tap. A piece is a band of the outermost axis that has several pixels, so that it is adjacent memory. Windows
 // that reach into two bands are read for both.
 struct Bands {

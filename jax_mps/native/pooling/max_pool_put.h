@@ -1,5 +1,5 @@
-// The gradient of maximum pooling: a pixel adds up the windows whose tap it is. Gathered like every other operation, or band by band
-// (see `Bands`).
+// The gradient of maximum pooling: a pixel adds up the windows whose tap it is. Gathered like every other operation, or in one of the
+// two ways that `Bands` and `Strips` describe.
 #pragma once
 
 #include <cstdint>
@@ -47,6 +47,99 @@ struct PutTap {
   const PutTap& At(int64_t) const { return *this; }
 };
 
+// As memcpy(), which for a few vectors takes longer to begin than to copy.
+inline void CopyRow(const void* row, int64_t bytes, void* copy) {
+  const auto from = static_cast<const uint8_t*>(row);
+  const auto to = static_cast<uint8_t*>(copy);
+  Sweep<kVectorBytes, 4, kVectorBytes / 2>(bytes, [&](auto lanes, auto vectors, int64_t i) __attribute__((always_inline)) {
+    constexpr int kN = decltype(lanes)::value;
+    for (int v = 0; v < decltype(vectors)::value; ++v, i += kN) StoreRaw<kN>(to + i, LoadRaw<uint8_t, kN>(from + i));
+  });
+}
+
+// Two vectors at a time and no more: all that it needs stays in registers.
+template <class T, class I>
+struct PutRow : PutTap<T, I> {
+  static constexpr int kVectors = 2;
+  explicit PutRow(const PutTap<T, I>& op) : PutTap<T, I>(op) {}
+};
+
+// A strip of planes of short rows.
+template <class T, class I>
+inline void PutUnit(const Strips& strips, const PutTap<T, I>& op, int64_t unit, void* scratch) {
+  using Wide = Acc<T>;
+  constexpr int kLanes = PutTap<T, I>::kLanes;
+  const Line* line = strips.line;
+  const int64_t pitch = strips.pitch(), inner = strips.inner;
+  const int64_t begin = unit % strips.count * strips.rows;
+  const int64_t height = line[1].targets(), width = line[2].targets() * inner;
+  const int64_t end = begin + strips.rows < height ? begin + strips.rows : height;
+  const int64_t outer = unit / strips.count / line[0].targets(), plane = unit / strips.count % line[0].targets();
+  const Reach planes = line[0].At(plane);
+  const Range rows = line[1].Sources(begin, end);
+  const int64_t plane_pitch = (rows.end - rows.begin) * pitch;
+
+  int64_t* const offset = static_cast<int64_t*>(scratch);
+  Wide* const sums = reinterpret_cast<Wide*>(offset + strips.taps);
+  Wide* const row = sums + strips.sums();
+  T* const values = reinterpret_cast<T*>(row + width);
+  I* const keys = reinterpret_cast<I*>(values + strips.copied());
+  for (int64_t i = 0; i < strips.taps; ++i) offset[i] = i * line[2].source_step * inner;
+  // What a window that is not there holds does not count. But left as other work had it, it made all of this up to twice as slow.
+  __builtin_memset(values, 0, planes.count * plane_pitch * sizeof(T));
+  __builtin_memset(keys, -1, planes.count * plane_pitch * sizeof(I));
+  for (int64_t a = 0; a < planes.count; ++a) {
+    const int64_t first = (outer * strips.windows[0] + planes.source + a * line[0].source_step) * strips.windows[1];
+    for (int64_t r = rows.begin; r < rows.end; ++r) {
+      const int64_t i = r - strips.before[1], count = strips.windows[2] * inner;
+      if (i < 0 || i >= strips.windows[1]) continue;
+      const int64_t to = a * plane_pitch + (r - rows.begin) * pitch + strips.before[2] * inner;
+      CopyRow(op.source + (first + i) * count, count * sizeof(T), values + to);
+      CopyRow(op.taps + (first + i) * count, count * sizeof(I), keys + to);
+    }
+  }
+
+  // All targets of a phase lie a pitch or one position apart, in the copies as in their sums: they are one run.
+  const PutTap<T, I> put = {values, keys, op.target, op.stream};
+  const ToScratch<PutTap<T, I>> sum(put, sums);
+  const int64_t stride = line[2].axis.stride, taps = line[2].axis.taps;
+  int64_t target = (outer * line[0].targets() + plane) * height * width;
+  for (int64_t t = begin; t < begin + line[1].axis.stride && t < end; ++t) {
+    const int64_t count = (end - t - 1) / line[1].axis.stride + 1;
+    const Reach down = line[1].At(t);
+    const int64_t length = count * pitch;
+    for (int64_t phase = 0; phase < stride && phase * inner < width; ++phase) {
+      const Reach along = line[2].At(phase);
+      const int64_t targets = (line[2].targets() - phase - 1) / stride + 1;
+      Reads reads;
+      reads.rows[0] = planes.count;
+      reads.rows[1] = down.count;
+      reads.row_step[0] = plane_pitch;
+      reads.row_step[1] = line[1].source_step * pitch;
+      reads.row_tap_step[0] = line[0].tap_step * line[1].axis.taps * taps;
+      reads.row_tap_step[1] = line[1].tap_step * taps;
+      reads.offset = offset;
+      reads.count = along.count;
+      reads.tap = (planes.tap * line[1].axis.taps + down.tap) * taps + along.tap;
+      reads.tap_step = line[2].tap_step;
+      const int64_t source = (down.source - rows.begin) * pitch + along.source * inner;
+      const TapList list(reads);
+      if (stride == 1 && width >= kLanes) {
+        for (int64_t j = 0; j < count; ++j) {
+          Gather(PutRow<T, I>(put), list, source + j * pitch, target + (t + j * line[1].axis.stride) * width, width);
+        }
+      } else {
+        Gather(sum, list, source, phase * length, (count - 1) * pitch + targets * inner);
+      }
+    }
+    if (stride == 1 && width >= kLanes) continue;
+    for (int64_t j = 0; j < count; ++j) {
+      MovePhases<false>(row, sums + j * pitch, 0, line[2].targets(), stride, length / inner, inner);
+      FinishSums(put, row, target + (t + j * line[1].axis.stride) * width, width);
+    }
+  }
+}
+
 // Adds what some windows of a row hold: window w to sums[position + w * step + its tap]. If not `whole`, taps may lie outside the
 // band, whose pixels are counted from the first tap of window 0.
 template <bool whole, class T, class I>
@@ -74,7 +167,7 @@ inline void AddWindows(const Bands& bands, Range windows, const T* source, const
 
 // All that reaches the pixels of a band.
 template <class T, class I>
-inline void PutBand(const Bands& bands, const PutTap<T, I>& op, int64_t unit, void* scratch) {
+inline void PutUnit(const Bands& bands, const PutTap<T, I>& op, int64_t unit, void* scratch) {
   const Line* line = bands.line;
   const int64_t outer = unit / bands.count, first = unit % bands.count * bands.length;
   Range band[3], windows[3];
@@ -117,20 +210,33 @@ inline void PutBand(const Bands& bands, const PutTap<T, I>& op, int64_t unit, vo
   if constexpr (!std::is_same_v<T, Acc<T>>) FinishSums(op, sums, target - op.target, elements);
 }
 
-template <class T, class I>
-bool MaxPoolPut(const Problem& problem) {
-  const PutTap<T, I> op = {static_cast<const T*>(problem.operand[0]), static_cast<const I*>(problem.operand[1]),
-                           static_cast<T*>(problem.result[0]), problem.stream};
-  const Bands bands(problem.geometry, PutTap<T, I>::kLanes, sizeof(Acc<T>));
-  if (!bands.worthwhile) return Walk(problem.geometry, *problem.workers, op);
-  const int64_t scratch_bytes = std::is_same_v<T, Acc<T>> ? 0 : bands.size() * static_cast<int64_t>(sizeof(Acc<T>));
-  const int64_t bytes = bands.size() * static_cast<int64_t>(sizeof(T) + sizeof(I));
-  return ParallelFor(*problem.workers, bands.units(), bytes, [&](int64_t begin, int64_t end) {
+template <class Way, class T, class I>
+bool PutUnits(const Problem& problem, const Way& way, const PutTap<T, I>& op, int64_t scratch_bytes, int64_t bytes_per_unit) {
+  return ParallelFor(*problem.workers, way.units(), bytes_per_unit, [&](int64_t begin, int64_t end) {
     void* scratch = Scratch(scratch_bytes);
     if (scratch == nullptr && scratch_bytes > 0) return false;
-    for (int64_t unit = begin; unit < end; ++unit) PutBand(bands, op, unit, scratch);
+    for (int64_t unit = begin; unit < end; ++unit) PutUnit(way, op, unit, scratch);
+    StreamFence();
     return true;
   });
+}
+
+template <class T, class I>
+bool MaxPoolPut(const Problem& problem) {
+  constexpr int64_t kSum = sizeof(Acc<T>), kWindow = sizeof(T) + sizeof(I);
+  constexpr int kLanes = PutTap<T, I>::kLanes;
+  const PutTap<T, I> op = {static_cast<const T*>(problem.operand[0]), static_cast<const I*>(problem.operand[1]),
+                           static_cast<T*>(problem.result[0]), problem.stream};
+  const Bands bands(problem.geometry, kLanes, kSum);
+  if (bands.worthwhile) {
+    const int64_t scratch_bytes = std::is_same_v<T, Acc<T>> ? 0 : bands.size() * kSum;
+    return PutUnits(problem, bands, op, scratch_bytes, bands.size() * kWindow);
+  }
+  const Strips strips(problem.geometry, kLanes, kWindow, kSum);
+  if (!strips.worthwhile) return Walk(problem.geometry, *problem.workers, op);
+  const int64_t row = strips.line[2].targets() * strips.inner;
+  const int64_t scratch_bytes = strips.taps * sizeof(int64_t) + strips.copied() * kWindow + (strips.sums() + row) * kSum;
+  return PutUnits(problem, strips, op, scratch_bytes, strips.copied() * kWindow);
 }
 
 }  // namespace
