@@ -1,8 +1,28 @@
 // Vectors of N lanes (GNU vector extensions) and the element types: how each is loaded, compared, converted and stored.
-// Included by kernels.cc inside the namespace of one instruction set, so that no inline function is shared between two.
+//
+// All in the namespace of one instruction set and without a name outside its translation unit, so that no inline function is
+// shared between two instruction sets.
+#pragma once
 
-// For loops whose body is a function object: called instead, it would find what it captured in memory, which any store may
-// have changed for all that the compiler knows.
+#include <cstdint>
+#include <limits>
+#include <type_traits>
+#include <utility>
+
+#if defined(__x86_64__) || defined(_M_X64)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#include "isa.h"
+#include "types.h"
+
+namespace jax_mps::JAX_MPS_ISA {
+namespace {
+
+// For loops whose body is a function object. A called body would read what it captured from memory again after every store,
+// because the compiler must assume that the store changed it.
 #define JAX_MPS_INLINE inline __attribute__((always_inline))
 
 template <class T, int N>
@@ -140,7 +160,7 @@ inline bool Resize(Vec<From, N> v, Vec<To, N>& to) {
     to = Bits<Vec<To, N>>(kSigned ? _mm256_cvtepi8_epi16(x) : _mm256_cvtepu8_epi16(x));
     return true;
   }
-  // Packing saturates, so the bits that do not count go first; half a register at a time, lest the lanes get mixed up.
+  // Packing saturates, so the bits that do not count go first; half a register at a time keeps the lanes in order.
   if constexpr (N == 8 && kFrom == 4 && kTo <= 2) {
     const __m256i x = _mm256_and_si256(Bits<__m256i>(v), _mm256_set1_epi32(kTo == 1 ? 0xff : 0xffff));
     const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
@@ -656,3 +676,6 @@ JAX_MPS_INLINE void Sweep(int64_t n, const Body& body) {
     Sweep<fewer, 1>(n, body);
   }
 }
+
+}  // namespace
+}  // namespace jax_mps::JAX_MPS_ISA

@@ -1,4 +1,5 @@
-// Work sharing on XLA's own thread pool, and scratch memory. Compiled once for the baseline instruction set.
+// Work sharing on XLA's own thread pool, and scratch memory. Compiled once for the baseline instruction set; parallel_for.h has
+// the form that kernels use.
 #pragma once
 
 #include <cstddef>
@@ -7,15 +8,8 @@
 
 namespace jax_mps {
 
-// Hands a task to the pool. It may run late, or after the call that scheduled it returned.
-using Schedule = std::function<void(std::function<void()>)>;
-
-// Who works, and the result that they fill, about in the order of the units.
-struct Workers {
-  Schedule schedule;
-  void* result = nullptr;
-  size_t bytes = 0;
-};
+// XLA's pool: hands a task to it. The task may run late, or after the call that scheduled it returned.
+using Workers = std::function<void(std::function<void()>)>;
 
 // Threads of XLA's pool: NPROC where it is set, as XLA itself does, else the processors this process may use.
 int ThreadCount();
@@ -23,19 +17,13 @@ int ThreadCount();
 // Runs body(context, begin, end) over pieces of [0, units), and returns false if one of them did. The caller works too and
 // waits only for pieces that another thread has begun: waiting for scheduled ones deadlocks when every thread of the pool
 // waits like that.
-bool ParallelFor(const Workers& workers, int64_t units, int64_t bytes_per_unit,
-                 bool (*body)(const void* context, int64_t begin, int64_t end), const void* context);
-
-// Makes the caller ask the system for all pages of the next results, as it does after pages that came late.
-void ExpectSlowPages(int results);
+bool ShareWork(const Workers& workers, int64_t units, int64_t bytes_per_unit,
+               bool (*body)(const void* context, int64_t begin, int64_t end), const void* context);
 
 // Scratch of the calling thread, 64-byte aligned, valid until its next request; null if there is no memory.
 void* Scratch(size_t bytes);
 
 // Whether a result of that size had better not go through the caches.
 bool ExceedsCaches(size_t bytes);
-
-// Asks for huge pages behind a large result that was not touched yet.
-void PreferHugePages(void* data, size_t bytes);
 
 }  // namespace jax_mps

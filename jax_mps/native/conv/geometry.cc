@@ -8,19 +8,16 @@
 namespace jax_mps {
 namespace {
 
-int64_t FloorQuotient(int64_t a, int64_t b) { return a / b - (a % b < 0); }
-int64_t CeilQuotient(int64_t a, int64_t b) { return -FloorQuotient(-a, b); }
-
 // Cuts `all` where its targets begin to read other taps. reach(u) are the taps of target u; with u, its ends move in one
 // direction only, so equal ends mean equal in between.
 template <class Reach>
 void Cut(const Segment& all, const Reach& reach, std::vector<Segment>& segments) {
   for (int64_t u = 0; u < all.count;) {
-    const Interval taps = reach(u);
+    const Range taps = reach(u);
     int64_t same = u, other = all.count;
     while (other - same > 1) {
       const int64_t middle = same + (other - same) / 2;
-      const Interval there = reach(middle);
+      const Range there = reach(middle);
       (there.begin == taps.begin && there.end == taps.end ? same : other) = middle;
     }
     Segment part = all;
@@ -34,60 +31,60 @@ void Cut(const Segment& all, const Reach& reach, std::vector<Segment>& segments)
   }
 }
 
-Interval Clamp(int64_t begin, int64_t end, int64_t limit) {
+Range Clamp(int64_t begin, int64_t end, int64_t limit) {
   begin = std::clamp<int64_t>(begin, 0, limit);
   return {begin, std::clamp<int64_t>(end, begin, limit)};
 }
 
 // Pixels of one phase read windows through every tap_step-th tap.
-void CutPixels(const ConvAxis& axis, std::vector<Segment>& segments) {
+void CutPixels(const Axis& axis, std::vector<Segment>& segments) {
   const int64_t common = std::gcd(axis.stride, axis.dilation);
   const int64_t tap_step = axis.stride / common, back = axis.dilation / common;
-  const int64_t phases = std::min(axis.stride, axis.pixels);
+  const int64_t phases = std::min(axis.stride, axis.size);
   std::vector<int64_t> first(phases, -1);
-  for (int64_t k = 0; k < std::min(axis.kernel, tap_step); ++k) {
-    const int64_t pixel = axis.dilation * k - axis.lo;
-    const int64_t phase = pixel - FloorQuotient(pixel, axis.stride) * axis.stride;
+  for (int64_t k = 0; k < std::min(axis.taps, tap_step); ++k) {
+    const int64_t pixel = axis.dilation * k - axis.low;
+    const int64_t phase = pixel - FloorDiv(pixel, axis.stride) * axis.stride;
     if (phase < phases) first[phase] = k;
   }
   for (int64_t phase = 0; phase < phases; ++phase) {
-    Segment all = {phase, axis.stride, (axis.pixels - phase - 1) / axis.stride + 1, 0, 1, 0, 0, tap_step, -back};
+    Segment all = {phase, axis.stride, (axis.size - phase - 1) / axis.stride + 1, 0, 1, 0, 0, tap_step, -back};
     if (first[phase] < 0) {
       segments.push_back(all);
       continue;
     }
     all.tap = first[phase];
-    all.source = FloorQuotient(phase + axis.lo - axis.dilation * all.tap, axis.stride);
-    const int64_t taps = (axis.kernel - all.tap - 1) / tap_step + 1;
+    all.source = FloorDiv(phase + axis.low - axis.dilation * all.tap, axis.stride);
+    const int64_t taps = (axis.taps - all.tap - 1) / tap_step + 1;
     Cut(all, [&](int64_t u) {
       const int64_t window = all.source + u;
-      return Clamp(CeilQuotient(window - axis.windows + 1, back), FloorQuotient(window, back) + 1, taps);
+      return Clamp(CeilDiv(window - axis.windows + 1, back), FloorDiv(window, back) + 1, taps);
     }, segments);
   }
 }
 
-void CutWindows(const ConvAxis& axis, std::vector<Segment>& segments) {
-  Cut({0, 1, axis.windows, -axis.lo, axis.stride, 0, 0, 1, axis.dilation}, [&](int64_t window) {
-    const int64_t first = axis.stride * window - axis.lo;
-    return Clamp(CeilQuotient(-first, axis.dilation), CeilQuotient(axis.pixels - first, axis.dilation), axis.kernel);
+void CutWindows(const Axis& axis, std::vector<Segment>& segments) {
+  Cut({0, 1, axis.windows, -axis.low, axis.stride, 0, 0, 1, axis.dilation}, [&](int64_t window) {
+    const int64_t first = axis.stride * window - axis.low;
+    return Clamp(CeilDiv(-first, axis.dilation), CeilDiv(axis.size - first, axis.dilation), axis.taps);
   }, segments);
 }
 
 }  // namespace
 
-Interval SourcesOf(const ConvAxis& axis, bool forward, Interval targets) {
-  const int64_t reach = axis.dilation * (axis.kernel - 1);
+Range SourcesOf(const Axis& axis, bool forward, Range targets) {
+  const int64_t reach = axis.dilation * (axis.taps - 1);
   if (forward) {
-    return Clamp(CeilQuotient(targets.begin + axis.lo - reach, axis.stride),
-                 FloorQuotient(targets.end - 1 + axis.lo, axis.stride) + 1, axis.windows);
+    return Clamp(CeilDiv(targets.begin + axis.low - reach, axis.stride),
+                 FloorDiv(targets.end - 1 + axis.low, axis.stride) + 1, axis.windows);
   }
-  return Clamp(axis.stride * targets.begin - axis.lo, axis.stride * (targets.end - 1) - axis.lo + reach + 1, axis.pixels);
+  return Clamp(axis.stride * targets.begin - axis.low, axis.stride * (targets.end - 1) - axis.low + reach + 1, axis.size);
 }
 
-int64_t MostSources(const ConvAxis& axis, bool forward, int64_t targets) {
-  const int64_t reach = axis.dilation * (axis.kernel - 1);
+int64_t MostSources(const Axis& axis, bool forward, int64_t targets) {
+  const int64_t reach = axis.dilation * (axis.taps - 1);
   return forward ? std::min(axis.windows, (targets - 1 + reach) / axis.stride + 1)
-                 : std::min(axis.pixels, axis.stride * (targets - 1) + reach + 1);
+                 : std::min(axis.size, axis.stride * (targets - 1) + reach + 1);
 }
 
 struct GatherPlan::Storage {
@@ -100,12 +97,12 @@ GatherPlan::GatherPlan(const ConvProblem& problem, int64_t pixels, bool compact)
   targets[0] = sources[0] = problem.batch;
   int64_t phases[4] = {1, 1, 1, 1};
   for (int a = 0; a < 3; ++a) {
-    const ConvAxis& axis = problem.axis[a];
+    const Axis& axis = problem.axis[a];
     (forward ? CutPixels : CutWindows)(axis, storage_->segments[a]);
     segment[a] = storage_->segments[a].data();
     segments[a] = storage_->segments[a].size();
-    targets[a + 1] = forward ? axis.pixels : axis.windows;
-    sources[a + 1] = forward ? axis.windows : axis.pixels;
+    targets[a + 1] = forward ? axis.size : axis.windows;
+    sources[a + 1] = forward ? axis.windows : axis.size;
     if (forward) phases[a + 1] = axis.stride;
   }
   // From the last axis on: whole axes while they fit, then a piece; compact boxes are about as long in two axes. Pieces have
@@ -117,11 +114,11 @@ GatherPlan::GatherPlan(const ConvProblem& problem, int64_t pixels, bool compact)
       for (int b = a - 1; b > 0; --b) before *= targets[b];
       while (length > 4 * phases[a] && length * length > pixels && before > pixels / length) length /= 2;
     }
-    length = std::min(targets[a], CeilQuotient(length, phases[a]) * phases[a]);
-    const int64_t pieces = CeilQuotient(targets[a], std::max<int64_t>(length, 1));
-    length = CeilQuotient(CeilQuotient(targets[a], std::max<int64_t>(pieces, 1)), phases[a]) * phases[a];
+    length = std::min(targets[a], CeilDiv(length, phases[a]) * phases[a]);
+    const int64_t pieces = CeilDiv(targets[a], std::max<int64_t>(length, 1));
+    length = CeilDiv(CeilDiv(targets[a], std::max<int64_t>(pieces, 1)), phases[a]) * phases[a];
     box[a] = std::max<int64_t>(1, std::min(length, targets[a]));
-    boxes[a] = CeilQuotient(targets[a], box[a]);
+    boxes[a] = CeilDiv(targets[a], box[a]);
     pixels /= box[a];
   }
 }
@@ -130,7 +127,6 @@ GatherPlan::~GatherPlan() { delete storage_; }
 
 Buffer::Buffer(int64_t bytes) {
   data_ = bytes < 0 ? nullptr : operator new(static_cast<size_t>(bytes) + 64, std::align_val_t(64), std::nothrow);
-  if (data_ != nullptr) PreferHugePages(data_, bytes);
 }
 
 Buffer::~Buffer() { operator delete(data_, std::align_val_t(64)); }

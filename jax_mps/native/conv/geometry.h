@@ -1,6 +1,6 @@
 // Transposed convolution as integers.
 //
-// Window j of the source side touches pixel stride * j - lo + dilation * k of the image through tap k. The forward pass and
+// Window j of the source side touches pixel stride * j - low + dilation * k of the image through tap k. The forward pass and
 // the data gradient are the same gather: a target (pixel forward, window backward) reads sources through taps. Targets that
 // read the same taps are the rows of one matrix product, so taps outside the arrays are never multiplied, not even by zeros.
 // Compiled once for the baseline instruction set; the kernels see plain data.
@@ -9,13 +9,11 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "pooling/kernels.h"
+#include "axis.h"
+#include "threads.h"
+#include "types.h"
 
 namespace jax_mps {
-
-struct ConvAxis {
-  int64_t pixels = 1, windows = 1, kernel = 1, stride = 1, dilation = 1, lo = 0;
-};
 
 enum class ConvOp { kForward, kDataGradient, kWeightGradient };
 
@@ -27,14 +25,10 @@ struct ConvProblem {
   bool channels_last, transpose_kernel;
   int64_t batch, groups;
   int64_t in, out;  // channels of the windows' side, of the image
-  ConvAxis axis[3];
+  Axis axis[3];
   const void* operand[2];
   void* result;
   const Workers* workers;
-};
-
-struct Interval {
-  int64_t begin, end;
 };
 
 // Targets begin + step * u, u < count, along one axis. For u = 0 tap number t is tap + tap_step * t and reads the source
@@ -46,10 +40,10 @@ struct Segment {
 };
 
 // The sources along one axis that targets [begin, end) read.
-Interval SourcesOf(const ConvAxis& axis, bool forward, Interval targets);
+Range SourcesOf(const Axis& axis, bool forward, Range targets);
 
 // The most that any `targets` adjacent ones read.
-int64_t MostSources(const ConvAxis& axis, bool forward, int64_t targets);
+int64_t MostSources(const Axis& axis, bool forward, int64_t targets);
 
 // How the targets of a gather are cut: segments along each axis, boxes of targets to be worked on together, and panels of
 // channels where there are few boxes.

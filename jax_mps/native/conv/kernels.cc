@@ -1,23 +1,24 @@
-// The kernels of transposed convolution, in the namespace JAX_MPS_ISA and for its instruction set. As in kernels.cc, nothing
-// here may emit a function that another translation unit could emit too.
+// The kernels of transposed convolution, in the namespace JAX_MPS_ISA and for its instruction set. As in pooling/kernels.cc,
+// nothing here may emit a function that another translation unit could emit too.
 
-#include <limits>
-#include <type_traits>
-#include <utility>
-
+#include "conv/gather.h"
 #include "conv/geometry.h"
-
-#if defined(__x86_64__) || defined(_M_X64)
-#include <immintrin.h>
-#elif defined(__aarch64__)
-#include <arm_neon.h>
-#endif
+#include "conv/weights.h"
+#include "isa.h"
+#include "simd.h"
 
 namespace jax_mps::JAX_MPS_ISA {
 namespace {
 
-#include "simd.h"
-#include "conv/gather.h"
+template <class E, class R>
+bool ConvTranspose(const ConvProblem& problem) {
+  return problem.op == ConvOp::kWeightGradient ? WeightGradient<E, R>(problem) : GatherAll<E, R>(problem);
+}
+
+template <class E>
+bool ConvTranspose(const ConvProblem& problem) {
+  return problem.wide ? ConvTranspose<E, Acc<E>>(problem) : ConvTranspose<E, E>(problem);
+}
 
 }  // namespace
 

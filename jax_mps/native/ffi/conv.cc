@@ -57,17 +57,17 @@ std::string Describe(const ConvAttrs& attrs, Integers windows, Integers image, I
     return "groups must divide both numbers of channels";
   }
   for (int64_t a = 0; a < rank; ++a) {
-    ConvAxis& axis = problem.axis[3 - rank + a];
-    axis.pixels = image[start + a];
+    Axis& axis = problem.axis[3 - rank + a];
+    axis.size = image[start + a];
     axis.windows = windows[start + a];
-    axis.kernel = attrs.window_shape[a];
-    if (axis.kernel != kernel[a]) return "window_shape must be that of the kernel";
+    axis.taps = attrs.window_shape[a];
+    if (axis.taps != kernel[a]) return "window_shape must be that of the kernel";
     axis.stride = attrs.strides[a];
     axis.dilation = attrs.window_dilation[a];
-    axis.lo = attrs.low[a];
-    if (axis.kernel < 1 || axis.stride < 1 || axis.dilation < 1) return "window_shape, strides and window_dilation must be at least 1";
-    if (axis.kernel >= kLimit || axis.stride >= kLimit || axis.dilation >= kLimit || axis.lo >= kLimit || axis.lo <= -kLimit ||
-        axis.kernel * axis.dilation >= kLimit) {
+    axis.low = attrs.low[a];
+    if (axis.taps < 1 || axis.stride < 1 || axis.dilation < 1) return "window_shape, strides and window_dilation must be at least 1";
+    if (axis.taps >= kLimit || axis.stride >= kLimit || axis.dilation >= kLimit || axis.low >= kLimit || axis.low <= -kLimit ||
+        axis.taps * axis.dilation >= kLimit) {
       return "window_shape, strides, window_dilation and low must be below 2**31";
     }
   }
@@ -95,9 +95,7 @@ ffi::Error Run(ConvOp op, ffi::ThreadPool& pool, const ConvAttrs& attrs, const O
   problem.operand[0] = first.untyped_data();
   problem.operand[1] = second.untyped_data();
   problem.result = result->untyped_data();
-  PreferHugePages(problem.result, result->size_bytes());
-  const Workers workers = {[&pool](std::function<void()> task) { pool.Schedule([task = std::move(task)] { task(); }); },
-                           problem.result, result->size_bytes()};
+  const Workers workers = [&pool](std::function<void()> task) { pool.Schedule([task = std::move(task)] { task(); }); };
   problem.workers = &workers;
   if (ThisInstructionSet().convolve(problem)) return ffi::Error::Success();
   return ffi::Error(ffi::ErrorCode::kResourceExhausted, "jax_mps: no memory for scratch");

@@ -1,11 +1,11 @@
-// The calls XLA makes: decode, check, choose the kernels for this processor.
+// The calls of pooling: decode, check, run.
 
-#include <cstdlib>
-#include <cstring>
 #include <string>
 
 #include "ffi/call.h"
-#include "conv/geometry.h"
+#include "pooling/geometry.h"
+#include "pooling/kernels.h"
+#include "threads.h"
 
 namespace ffi = xla::ffi;
 
@@ -60,51 +60,7 @@ XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(jax_mps::PlaneAttrs, ffi::StructMember<int
 
 namespace jax_mps {
 
-// ---- The processor.
-
-const InstructionSet& ThisInstructionSet() {
-  static const InstructionSet chosen = [] {
-#if defined(__x86_64__) || defined(_M_X64)
-    __builtin_cpu_init();
-    const auto has = [](bool feature) { return feature; };
-    const bool v3 = has(__builtin_cpu_supports("avx2")) && has(__builtin_cpu_supports("fma")) &&
-                    has(__builtin_cpu_supports("bmi")) && has(__builtin_cpu_supports("bmi2"));
-    const bool v4 = v3 && has(__builtin_cpu_supports("avx512f")) && has(__builtin_cpu_supports("avx512bw")) &&
-                    has(__builtin_cpu_supports("avx512cd")) && has(__builtin_cpu_supports("avx512dq")) &&
-                    has(__builtin_cpu_supports("avx512vl"));
-    const char* limit = std::getenv("JAX_MPS_INSTRUCTION_SET");
-    if (limit == nullptr) limit = "";
-    const bool at_most_v2 = std::strcmp(limit, "x86-64-v2") == 0;
-    const bool at_most_v3 = at_most_v2 || std::strcmp(limit, "x86-64-v3") == 0;
-    if (v4 && !at_most_v3) return InstructionSet{"x86-64-v4", x86_64_v4::Execute, x86_64_v4::Execute};
-    if (v3 && !at_most_v2) return InstructionSet{"x86-64-v3", x86_64_v3::Execute, x86_64_v3::Execute};
-    return InstructionSet{"x86-64-v2", x86_64_v2::Execute, x86_64_v2::Execute};
-#elif defined(__aarch64__)
-    return InstructionSet{"aarch64", baseline::Execute, baseline::Execute};
-#else
-    return InstructionSet{"baseline", baseline::Execute, baseline::Execute};
-#endif
-  }();
-  return chosen;
-}
-
 // ---- Checks.
-
-Type TypeOf(ffi::DataType type) {
-  switch (type) {
-    case ffi::F32: return Type::kF32;
-    case ffi::F64: return Type::kF64;
-    case ffi::F16: return Type::kF16;
-    case ffi::BF16: return Type::kBF16;
-    case ffi::S8: return Type::kS8;
-    case ffi::S16: return Type::kS16;
-    case ffi::S32: return Type::kS32;
-    case ffi::U8: case ffi::PRED: return Type::kU8;
-    case ffi::U16: return Type::kU16;
-    case ffi::U32: return Type::kU32;
-    default: return Type::kOther;
-  }
-}
 
 namespace {
 
@@ -149,12 +105,12 @@ class Call {
     if (!error_.empty()) return;
     for (int64_t a = 0; a < rank; ++a) {
       Axis& axis = problem_.geometry.axis[3 - rank + a];
-      axis.kernel = attrs.window_shape[a];
+      axis.taps = attrs.window_shape[a];
       axis.stride = attrs.strides[a];
       axis.dilation = attrs.window_dilation[a];
-      axis.lo = attrs.low[a];
-      Require(axis.kernel >= 1 && axis.stride >= 1 && axis.dilation >= 1, "kernel, stride and dilation must be at least 1");
-      Require(axis.lo >= 0, "lo must not be negative");
+      axis.low = attrs.low[a];
+      Require(axis.taps >= 1 && axis.stride >= 1 && axis.dilation >= 1, "kernel, stride and dilation must be at least 1");
+      Require(axis.low >= 0, "low must not be negative");
     }
   }
 
@@ -169,9 +125,9 @@ class Call {
     geometry.divisor = 1;
     for (int64_t a = 0; a < rank; ++a) {
       Axis& axis = geometry.axis[3 - rank + a];
-      const int64_t last = axis.stride * (axis.windows - 1) - axis.lo + axis.dilation * (axis.kernel - 1);
-      geometry.divisor *= axis.kernel;
-      geometry.weighted |= axis.lo > attrs.band_low[a] || last >= axis.size + attrs.band_high[a];
+      const int64_t last = axis.stride * (axis.windows - 1) - axis.low + axis.dilation * (axis.taps - 1);
+      geometry.divisor *= axis.taps;
+      geometry.weighted |= axis.low > attrs.band_low[a] || last >= axis.size + attrs.band_high[a];
     }
     for (int64_t a = 0; a < rank && geometry.weighted; ++a) {
       geometry.axis[3 - rank + a].band_low = attrs.band_low[a];
@@ -190,11 +146,6 @@ class Call {
   void SetResult(int i, Result& result) {
     problem_.result[i] = result->untyped_data();
     empty_ |= result->element_count() == 0;
-    PreferHugePages(result->untyped_data(), result->size_bytes());
-    if (result->size_bytes() > workers_.bytes) {
-      workers_.result = result->untyped_data();
-      workers_.bytes = result->size_bytes();
-    }
     problem_.stream |= ExceedsCaches(result->size_bytes());
   }
 
@@ -203,8 +154,8 @@ class Call {
   ffi::Error Run(ffi::ThreadPool& pool) {
     if (!error_.empty()) return ffi::Error::InvalidArgument("jax_mps: " + error_);
     if (empty_) return ffi::Error::Success();
-    workers_.schedule = [&pool](std::function<void()> task) { pool.Schedule([task = std::move(task)] { task(); }); };
-    problem_.workers = &workers_;
+    const Workers workers = [&pool](std::function<void()> task) { pool.Schedule([task = std::move(task)] { task(); }); };
+    problem_.workers = &workers;
     // Unpooling has no windows: its positions are numbers in a plane, whose axes have to stay.
     if (problem_.op != Op::kMaxUnpool && problem_.op != Op::kMaxUnpoolTake) MergeCoveredAxes(problem_.geometry);
     problem_.stream &= StreamsWell();
@@ -223,7 +174,6 @@ class Call {
   }
 
   Problem problem_ = {};
-  Workers workers_;
   std::string error_;
   bool empty_ = false;
 };
@@ -428,9 +378,3 @@ JAX_MPS_HANDLER(L2PoolTangent, WindowAttrs, 3, 1);
 JAX_MPS_HANDLER(L2PoolGradient, WindowAttrs, 3, 1);
 JAX_MPS_HANDLER(MaxUnpool, PlaneAttrs, 2, 1);
 JAX_MPS_HANDLER(MaxUnpoolTake, PlaneAttrs, 2, 1);
-
-JAX_MPS_EXPORT const char* JaxMpsInstructionSet() { return jax_mps::ThisInstructionSet().name; }
-JAX_MPS_EXPORT int JaxMpsInterface() { return JAX_MPS_INTERFACE; }
-JAX_MPS_EXPORT const char* JaxMpsVersion() { return JAX_MPS_VERSION; }
-JAX_MPS_EXPORT int JaxMpsFfiApiMinor() { return XLA_FFI_API_MINOR; }
-JAX_MPS_EXPORT int JaxMpsThreads() { return jax_mps::ThreadCount(); }

@@ -1,4 +1,17 @@
 // Average pooling and its transpose.
+#pragma once
+
+#include <cstdint>
+
+#include "isa.h"
+#include "pooling/geometry.h"
+#include "pooling/kernels.h"
+#include "pooling/tiles.h"
+#include "pooling/walk.h"
+#include "simd.h"
+
+namespace jax_mps::JAX_MPS_ISA {
+namespace {
 
 template <class T>
 struct Average {
@@ -149,3 +162,6 @@ bool Averaging(const Problem& problem) {
   }
   return Walk(problem.geometry, *problem.workers, op);
 }
+
+}  // namespace
+}  // namespace jax_mps::JAX_MPS_ISA

@@ -1,24 +1,16 @@
 // Windows as integers: which sources a target reads, and in which pieces a row of targets is worked through.
 //
 // Forward, the targets are windows and the sources are pixels; backward it is the other way round. `Plan` speaks of targets and
-// sources only: every kernel of pooling is the same gather, run in one of two directions. Backward there are other ways where they
-// take less time: `Strips`, `Bands` and `Tiles`.
+// sources only: every kernel of pooling is the same gather, run in one of two directions. Backward there are other ways,
+// where they take less time: `Strips`, `Bands` and `Tiles`.
 // Compiled once for the baseline instruction set; the kernels see plain data.
 #pragma once
 
 #include <cstdint>
 
+#include "axis.h"
+
 namespace jax_mps {
-
-// Window i reads the taps stride * i - lo + dilation * k, k = 0 .. kernel - 1; taps outside [0, size) are padding.
-struct Axis {
-  int64_t size = 1, windows = 1, kernel = 1, stride = 1, dilation = 1, lo = 0;
-  int64_t band_low = 0, band_high = 0;  // padding that an average counts
-};
-
-struct Range {
-  int64_t begin, end;
-};
 
 struct Geometry {
   int64_t outer = 1, inner = 1;
@@ -99,6 +91,14 @@ struct Plan {
 
  private:
   struct Storage;
+
+  void ChooseForm(const Geometry& geometry, const Wishes& wishes);
+  int64_t PieceLength(const Wishes& wishes) const;
+  void CutChunks(int64_t length);
+  void CutRuns(Chunk& chunk);
+  void ListOffsets();
+  void ListDivisors(const Geometry& geometry);
+
   Storage* storage_;
 };
 
@@ -124,7 +124,7 @@ struct Strips {
   int64_t sums() const { return line[2].axis.stride * (rows / line[1].axis.stride) * pitch(); }
 };
 
-// A third way to walk backward, for windows of many taps or with few of them a pixel: window by window, what one holds is added to
+// A third way to walk backward, for few windows a pixel and for windows of many taps: window by window, what one holds is added to
 // the pixel of its tap. A piece is a band of the outermost axis that has several pixels, so that it is adjacent memory. Windows
 // that reach into two bands are read for both.
 struct Bands {
@@ -141,8 +141,8 @@ struct Bands {
   const Tap* taps;
   bool worthwhile;
 
-  // Lanes of a vector of targets, bytes of a sum; whether a gather would store past the caches.
-  Bands(const Geometry& geometry, int64_t lanes, int64_t sum_bytes, bool stream);
+  // Lanes of a vector of targets, bytes of a sum.
+  Bands(const Geometry& geometry, int64_t lanes, int64_t sum_bytes);
   ~Bands();
   Bands(const Bands&) = delete;
 

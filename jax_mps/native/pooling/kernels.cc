@@ -5,26 +5,17 @@
 
 #include "pooling/kernels.h"
 
-#include <limits>
-#include <type_traits>
-#include <utility>
-
-#if defined(__x86_64__) || defined(_M_X64)
-#include <immintrin.h>
-#elif defined(__aarch64__)
-#include <arm_neon.h>
-#endif
+#include "isa.h"
+#include "pooling/avg_pool.h"
+#include "pooling/l2_pool.h"
+#include "pooling/max_pool.h"
+#include "pooling/max_pool_put.h"
+#include "pooling/selected_tap.h"
+#include "pooling/unpool.h"
+#include "simd.h"
 
 namespace jax_mps::JAX_MPS_ISA {
 namespace {
-
-#include "simd.h"
-#include "pooling/walk.h"
-#include "pooling/max_pool.h"
-#include "pooling/selected_tap.h"
-#include "pooling/avg_pool.h"
-#include "pooling/l2_pool.h"
-#include "pooling/unpool.h"
 
 template <class T>
 struct Tag {

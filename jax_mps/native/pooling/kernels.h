@@ -5,6 +5,7 @@
 
 #include "pooling/geometry.h"
 #include "threads.h"
+#include "types.h"
 
 namespace jax_mps {
 
@@ -12,8 +13,6 @@ enum class Op {
   kMaxPool, kMaxPoolTapIndex, kMaxPoolSelectedTapIndex, kMaxPoolTake, kMaxPoolPut, kAvgPool, kAvgPoolGradient,
   kL2Pool, kL2PoolTangent, kL2PoolGradient, kMaxUnpool, kMaxUnpoolTake,
 };
-
-enum class Type { kF32, kF64, kF16, kBF16, kS8, kS16, kS32, kU8, kU16, kU32, kOther };
 
 // A checked call. kMaxPoolTapIndex writes the maxima to result[0], unless null, and the taps to result[1].
 struct Problem {

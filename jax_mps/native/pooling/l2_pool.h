@@ -1,6 +1,20 @@
 // L2 pooling, its tangent and its gradient. Everything is summed in float64: there the square of a float32 neither overflows
 // nor vanishes. The norm of float16 is summed in float32, where its squares do not, and that of bfloat16 where that shows; so is
 // the gradient of either where its operands say so.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include "isa.h"
+#include "pooling/geometry.h"
+#include "pooling/kernels.h"
+#include "pooling/tiles.h"
+#include "pooling/walk.h"
+#include "simd.h"
+
+namespace jax_mps::JAX_MPS_ISA {
+namespace {
 
 // ---- y = sqrt(sum of squares).
 
@@ -281,3 +295,6 @@ bool L2PoolGradient(const Problem& problem) {
   if (tiles.possible) return FillTiles(tiles, *problem.workers, op);
   return Walk(problem.geometry, *problem.workers, op);
 }
+
+}  // namespace
+}  // namespace jax_mps::JAX_MPS_ISA

@@ -1,5 +1,15 @@
 // Which tap of every window stock JAX selects: a tap stays selected while it is >= the next one. So the first of equal maxima is
 // selected, and after a NaN the search begins anew. Padding is -inf and takes part; where it is selected, the index is -1.
+#pragma once
+
+#include <cstdint>
+#include <limits>
+
+#include "isa.h"
+#include "pooling/max_pool.h"
+
+namespace jax_mps::JAX_MPS_ISA {
+namespace {
 
 template <class T>
 struct SelectedTap {
@@ -63,8 +73,11 @@ struct SelectedTap {
 template <class T>
 bool MaxPoolSelectedTapIndex(const Problem& problem) {
   int64_t count = 1;
-  for (const Axis& axis : problem.geometry.axis) count *= axis.kernel;
+  for (const Axis& axis : problem.geometry.axis) count *= axis.taps;
   const SelectedTap<T> op = {static_cast<const T*>(problem.operand[0]), problem.result[0], problem.second, count,
                              problem.padding_first};
   return Walk(problem.geometry, *problem.workers, op);
 }
+
+}  // namespace
+}  // namespace jax_mps::JAX_MPS_ISA

@@ -1,5 +1,17 @@
 // Maximum unpooling by flat positions of a plane, and its transpose. The last of equal positions wins, so a plane is the work
 // of one thread; where there are many channels, of one thread a block of them.
+#pragma once
+
+#include <cstdint>
+
+#include "isa.h"
+#include "parallel_for.h"
+#include "pooling/geometry.h"
+#include "pooling/kernels.h"
+#include "threads.h"
+
+namespace jax_mps::JAX_MPS_ISA {
+namespace {
 
 struct Planes {
   int64_t outer, image, pooled, inner;  // `image` and `pooled`: positions of a plane
@@ -16,29 +28,20 @@ bool ForEachPlane(const Problem& problem, int64_t element, const Body& body) {
     planes.image *= axis.size;
     planes.pooled *= axis.windows;
   }
-  struct Context {
-    const Planes& planes;
-    const Body& body;
-  };
-  const Context context = {planes, body};
   const int64_t blocks = (planes.inner + kUnpoolBlock - 1) / kUnpoolBlock;
   const int64_t channels = planes.inner < kUnpoolBlock ? planes.inner : kUnpoolBlock;
-  return ParallelFor(
-      *problem.workers, planes.outer * blocks, channels * (planes.image * element + planes.pooled * (element + 4)),
-      [](const void* data, int64_t begin, int64_t end) {
-        const auto& [planes, body] = *static_cast<const Context*>(data);
-        const int64_t blocks = (planes.inner + kUnpoolBlock - 1) / kUnpoolBlock;
-        for (int64_t unit = begin; unit < end; ++unit) {
-          const int64_t outer = unit / blocks, channel = unit % blocks * kUnpoolBlock;
-          const int64_t rest = planes.inner - channel;
-          if (!body(planes, outer * planes.image * planes.inner + channel, outer * planes.pooled * planes.inner + channel,
-                    rest < kUnpoolBlock ? rest : kUnpoolBlock)) {
-            return false;
-          }
-        }
-        return true;
-      },
-      &context);
+  const int64_t bytes = channels * (planes.image * element + planes.pooled * (element + 4));
+  return ParallelFor(*problem.workers, planes.outer * blocks, bytes, [&](int64_t begin, int64_t end) {
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t outer = unit / blocks, channel = unit % blocks * kUnpoolBlock;
+      const int64_t rest = planes.inner - channel;
+      if (!body(planes, outer * planes.image * planes.inner + channel, outer * planes.pooled * planes.inner + channel,
+                rest < kUnpoolBlock ? rest : kUnpoolBlock)) {
+        return false;
+      }
+    }
+    return true;
+  });
 }
 
 template <class T>
@@ -85,3 +88,6 @@ bool MaxUnpoolTake(const Problem& problem) {
     return true;
   });
 }
+
+}  // namespace
+}  // namespace jax_mps::JAX_MPS_ISA

@@ -1,4 +1,4 @@
-// The loop nest of pooling: every target gathers what its taps read. Windows that do not overlap have another, at the end.
+// The loop nest of pooling: every target gathers what its taps read.
 //
 // An operation `Op` says what is done with it:
 //   Element, Wide             type of the sources; type of the sums or keys a row of scratch holds
@@ -13,7 +13,25 @@
 //   Stage(plan, piece, row)   reduces the rows of a piece into one of scratch; returns the operation that goes on from there
 //                             (if separable)
 //   From(scratch)             the operation on another source (if forward and not separable)
+// and, where there is a shortcut for half precision,
+//   kGuarded, Right(vectors, state), Careful()   states that may be wrong are replaced by those of Careful()
+//   kNarrows, Ordinary(source, count), Narrow()  sources that are Ordinary() are left to Narrow(), which sums in float32
+//   Direct(op)                what takes its place where nothing passes through scratch
 // Positions are in elements; `lanes` is an Int<N>.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <type_traits>
+
+#include "isa.h"
+#include "parallel_for.h"
+#include "pooling/geometry.h"
+#include "simd.h"
+#include "threads.h"
+
+namespace jax_mps::JAX_MPS_ISA {
+namespace {
 
 // The sources of a run: rows (axes 0 and 1), and in each of them `count` offsets.
 struct Reads {
@@ -23,7 +41,7 @@ struct Reads {
 };
 
 // The same as a list, where it is short: small windows are many, and three nested loops cost more than their taps do.
-struct Taps {
+struct TapList {
   static constexpr int64_t kMost = 32;
   struct Entry {
     int64_t source, tap;
@@ -34,7 +52,7 @@ struct Taps {
   int64_t count = 0;
   Entry list[kMost];
 
-  explicit Taps(const Reads& reads) : reads(reads), listed(reads.rows[0] * reads.rows[1] * reads.count <= kMost) {
+  explicit TapList(const Reads& reads) : reads(reads), listed(reads.rows[0] * reads.rows[1] * reads.count <= kMost) {
     for (int64_t a = 0; listed && a < reads.rows[0]; ++a) {
       for (int64_t b = 0; b < reads.rows[1]; ++b) {
         const int64_t row = a * reads.row_step[0] + b * reads.row_step[1];
@@ -71,19 +89,19 @@ constexpr bool kNarrows = false;
 
 // `op` comes by value: no store to the result can change a copy, so its members stay in registers.
 template <class Op>
-inline void Gather(const Op op, const Taps& taps, int64_t source, int64_t target, int64_t n) {
+inline void Gather(const Op op, const TapList& taps, int64_t source, int64_t target, int64_t n) {
   const Reads& reads = taps.reads;
   if constexpr (kGuarded<Op>) {
     if (n < Op::kLanes) return Gather(op.Careful(), taps, source, target, n);
   }
   if (taps.listed) {
-    const Taps::Entry* const end = taps.list + taps.count;
+    const TapList::Entry* const end = taps.list + taps.count;
     return Sweep<Op::kLanes, Op::kVectors, kFewer<Op>>(n, [&](auto lanes, auto vectors, int64_t i) __attribute__((always_inline)) {
       constexpr int kN = decltype(lanes)::value;
       constexpr int kVectors = decltype(vectors)::value;
       typename Op::template State<kN> state[kVectors];
       for (int v = 0; v < kVectors; ++v) state[v] = op.Begin(lanes, target + i + v * kN, reads.tap);
-      for (const Taps::Entry* tap = taps.list; tap != end; ++tap) {
+      for (const TapList::Entry* tap = taps.list; tap != end; ++tap) {
         const int64_t from = source + i + tap->source;
         for (int v = 0; v < kVectors; ++v) op.Tap(lanes, state[v], from + v * kN, tap->tap);
       }
@@ -157,7 +175,7 @@ struct FromScratch : Op {
 // Between a row and its phases, `length` positions apart: phase p holds the positions p, p + stride, ...
 // The row's first position is `first`. `to_phases` is a constant.
 template <bool to_phases, class Row, class Phases>
-inline void Rearrange(Row* row, Phases* phases, int64_t first, int64_t count, int64_t stride, int64_t length, int64_t pitch) {
+inline void MovePhases(Row* row, Phases* phases, int64_t first, int64_t count, int64_t stride, int64_t length, int64_t pitch) {
   const auto move = [](auto& in_row, auto& in_phase) {
     if constexpr (to_phases) {
       in_phase = in_row;
@@ -223,9 +241,9 @@ inline Reads RowsOf(const Plan& plan, const Piece& piece) {
   static constexpr int64_t kHere = 0;
   Reads reads;
   const int64_t row = plan.line[2].sources() * plan.inner;
-  const int64_t taps = plan.line[2].axis.kernel;
+  const int64_t taps = plan.line[2].axis.taps;
   const int64_t step[2] = {plan.line[1].sources() * row, row};
-  const int64_t tap[2] = {plan.line[1].axis.kernel * taps, taps};
+  const int64_t tap[2] = {plan.line[1].axis.taps * taps, taps};
   reads.tap = 0;
   for (int a = 0; a < 2; ++a) {
     reads.rows[a] = piece.reach[a]->count;
@@ -290,7 +308,7 @@ inline void Runs(const Plan& plan, const Piece& piece, const Op& op, const Reads
         continue;
       }
     }
-    const Taps taps(reads);
+    const TapList taps(reads);
     const int64_t together = plan.joined ? run->length : 1;
     for (int64_t j = 0; j < run->length; j += together) {
       Gather(here, taps, from, to, together * piece.channels);
@@ -319,7 +337,7 @@ inline void Columns(const Plan& plan, const Piece& piece, const Op& op, const Re
     if (plan.phased) {
       typename Op::Wide* row = scratch + PhaseElements(plan);
       Runs(plan, piece, ToScratch<Op>(op, scratch), rows, source, 0, plan.block);
-      Rearrange<false>(row, scratch, 0, piece.chunk->end - piece.chunk->begin, plan.line[2].axis.stride, plan.phase_length,
+      MovePhases<false>(row, scratch, 0, piece.chunk->end - piece.chunk->begin, plan.line[2].axis.stride, plan.phase_length,
                        plan.block);
       const Chunk& chunk = *piece.chunk;
       return FinishSums(op, row, piece.target + chunk.begin * plan.inner, (chunk.end - chunk.begin) * plan.inner);
@@ -332,7 +350,7 @@ inline void Columns(const Plan& plan, const Piece& piece, const Op& op, const Re
 template <class Op>
 inline void ReduceRows(const Plan& plan, const Piece& piece, const Op& to) {
   const Reads rows = RowsOf(plan, piece);
-  const Taps taps(rows);
+  const TapList taps(rows);
   const int64_t begin = piece.chunk->source_begin;
   const int64_t count = piece.chunk->source_end - begin;
   if (plan.blocks == 1) return Gather(to, taps, piece.source + begin * plan.inner, 0, count * plan.inner);
@@ -385,7 +403,7 @@ JAX_MPS_INLINE void WalkPiece(const Plan& plan, const Piece& piece, const Op& op
   const Chunk& chunk = *piece.chunk;
   const int64_t count = chunk.source_end - chunk.source_begin;
   // Where the first source lies, counted from the first tap of the chunk's first window.
-  const int64_t first = chunk.source_begin + axis.lo - axis.stride * chunk.begin;
+  const int64_t first = chunk.source_begin + axis.low - axis.stride * chunk.begin;
   const bool split = plan.phased && !Op::kBackward;
   const Reads rows = RowsOf(plan, piece);
   if constexpr (Op::kSeparable) {
@@ -395,7 +413,7 @@ JAX_MPS_INLINE void WalkPiece(const Plan& plan, const Piece& piece, const Op& op
       scratch += plan.span * plan.block;
       const Op staged = op.Stage(plan, piece, row);
       if (split) {
-        Rearrange<true>(row, scratch, first, count, axis.stride, plan.phase_length, plan.block);
+        MovePhases<true>(row, scratch, first, count, axis.stride, plan.phase_length, plan.block);
         row = scratch;
       }
       return Columns(plan, piece, FromScratch<Op>(staged, row), OneRow(rows), 0, scratch);
@@ -411,7 +429,7 @@ JAX_MPS_INLINE void WalkPiece(const Plan& plan, const Piece& piece, const Op& op
       for (int64_t a = 0; a < rows.rows[0]; ++a) {
         for (int64_t b = 0; b < rows.rows[1]; ++b) {
           const Element* row = op.source + piece.source + a * rows.row_step[0] + b * rows.row_step[1];
-          Rearrange<true>(row + chunk.source_begin * plan.inner, phases + a * kept.row_step[0] + b * size, first, count,
+          MovePhases<true>(row + chunk.source_begin * plan.inner, phases + a * kept.row_step[0] + b * size, first, count,
                           axis.stride, plan.phase_length, plan.block);
         }
       }
@@ -438,31 +456,24 @@ size_t ScratchBytes(const Plan& plan) {
 template <class Op>
 bool Walk(const Geometry& geometry, const Workers& workers, const Op& op) {
   const Plan plan(geometry, {Op::kBackward, Op::kSeparable, kVector<Op>, sizeof(typename Op::Wide)});
-  struct Context {
-    const Plan& plan;
-    const Op& op;
-    size_t scratch;
-  };
-  const Context context = {plan, op, ScratchBytes<Op>(plan)};
-  const auto body = [](const void* data, int64_t begin, int64_t end) {
-    const Context& context = *static_cast<const Context*>(data);
+  const size_t scratch_bytes = ScratchBytes<Op>(plan);
+  const auto body = [&](int64_t begin, int64_t end) {
     using Wide = typename Op::Wide;
     Wide* scratch = nullptr;
-    if (context.scratch > 0) {
-      scratch = static_cast<Wide*>(Scratch(context.scratch));
+    if (scratch_bytes > 0) {
+      scratch = static_cast<Wide*>(Scratch(scratch_bytes));
       if (scratch == nullptr) return false;
     }
-    const Plan& plan = context.plan;
     Looked looked;
     for (int64_t unit = begin; unit < end; ++unit) {
       const Piece piece = PieceAt(plan, unit);
       if constexpr (kNarrows<Op>) {
-        if (Ordinary(plan, piece, unit / (plan.units() / plan.outer), context.op, looked)) {
-          WalkPiece(plan, piece, context.op.Narrow(), reinterpret_cast<float*>(scratch));
+        if (Ordinary(plan, piece, unit / (plan.units() / plan.outer), op, looked)) {
+          WalkPiece(plan, piece, op.Narrow(), reinterpret_cast<float*>(scratch));
           continue;
         }
       }
-      WalkPiece(plan, piece, context.op, scratch);
+      WalkPiece(plan, piece, op, scratch);
     }
     if constexpr (Op::kBackward) StreamFence();
     return true;
@@ -473,176 +484,8 @@ bool Walk(const Geometry& geometry, const Workers& workers, const Op& op) {
     windows *= axis.windows;
   }
   const int64_t bytes = geometry.outer * geometry.inner * (pixels + windows) * sizeof(typename Op::Element);
-  return ParallelFor(workers, plan.units(), bytes / plan.units() + 1, body, &context);
+  return ParallelFor(workers, plan.units(), bytes / plan.units() + 1, body);
 }
 
-// `count` numbers, each of them K times.
-template <int K, class Wide>
-inline void Repeat(const Wide* numbers, int64_t count, Wide* __restrict to) {
-  for (int64_t i = 0; i < count; ++i) {
-    for (int k = 0; k < K; ++k) to[K * i + k] = numbers[i];
-  }
-}
-
-// What the windows of a row hold, at the pixels that they read; 0 at the others.
-template <class Wide>
-inline void Expand(const Tiles& tiles, Range windows, const Wide* held, Range pixels, Wide* row) {
-  const Axis& axis = tiles.axis[2];
-  const int64_t inner = tiles.inner;
-  int64_t done = pixels.begin;
-  const auto zero = [&](int64_t end) {
-    for (; done < end; ++done) {
-      for (int64_t c = 0; c < inner; ++c) row[(done - pixels.begin) * inner + c] = 0;
-    }
-  };
-  const auto fill = [&](int64_t from, int64_t to) {
-    for (int64_t w = from; w < to; ++w) {
-      const Range covered = tiles.Covered(2, w);
-      const Wide* const value = held + (w - windows.begin) * inner;
-      zero(covered.begin < pixels.end ? covered.begin : pixels.end);
-      for (; done < covered.end && done < pixels.end; ++done) {
-        for (int64_t c = 0; c < inner; ++c) row[(done - pixels.begin) * inner + c] = value[c];
-      }
-    }
-  };
-  // Windows that are whole in both the image and the piece.
-  const int64_t first = windows.begin + 1 > tiles.whole.begin ? windows.begin + 1 : tiles.whole.begin;
-  const int64_t last = windows.end - 1 < tiles.whole.end ? windows.end - 1 : tiles.whole.end;
-  if (inner == 1 && axis.kernel == axis.stride && axis.kernel >= 2 && axis.kernel <= 4 && first < last) {
-    fill(windows.begin, first);
-    const Wide* const from = held + first - windows.begin;
-    Wide* const to = row + done - pixels.begin;
-    if (axis.kernel == 2) Repeat<2>(from, last - first, to);
-    if (axis.kernel == 3) Repeat<3>(from, last - first, to);
-    if (axis.kernel == 4) Repeat<4>(from, last - first, to);
-    done += axis.kernel * (last - first);
-    fill(last, windows.end);
-  } else {
-    fill(windows.begin, windows.end);
-  }
-  zero(pixels.end);
-}
-
-// What every window of a piece holds, at its pixels; see FillTiles(). `row` has room for two rows of pixels and one pixel.
-template <class Op>
-inline void FillTile(const Tiles& tiles, int64_t unit, const Op& op, typename Op::Wide* row) {
-  using Wide = typename Op::Wide;
-  const Op shared = op.Shared();
-  const Axis* axis = tiles.axis;
-  const int64_t inner = tiles.inner;
-  Wide* const held = row + tiles.length * inner;
-  // Where vectors of one window fill its pixels, it needs no row.
-  const bool repeated = inner == 1 && axis[2].kernel >= kVector<Op>, direct = repeated || inner >= kVector<Op>;
-
-  const Range pixels = tiles.Pixels(unit % tiles.count), windows = tiles.Windows(pixels);
-  const int64_t window_row = unit / tiles.count, window_plane = window_row / axis[1].windows;
-  const int64_t outer = window_plane / axis[0].windows, i = window_plane % axis[0].windows, j = window_row % axis[1].windows;
-
-  const int64_t source = (window_row * axis[2].windows + windows.begin) * inner;
-  const auto share = [&](int64_t first, int64_t count, int64_t divisor) {
-    Sweep<Op::kLanes>(count, [&](auto lanes, auto vectors, int64_t n) __attribute__((always_inline)) {
-      constexpr int kN = decltype(lanes)::value;
-      n += first;
-      for (int v = 0; v < decltype(vectors)::value; ++v, n += kN) StoreRaw<kN>(held + n, op.Share(lanes, source + n, divisor));
-    });
-  };
-  if (op.Weighted()) {
-    for (int64_t w = windows.begin; w < windows.end; ++w) share((w - windows.begin) * inner, inner, tiles.Counted(i, j, w));
-  } else {
-    share(0, (windows.end - windows.begin) * inner, 1);
-  }
-  if (!direct) Expand(tiles, windows, held, pixels, row);
-
-  // To copy costs less than to convert again.
-  constexpr bool copies = Op::kAlike && kHalf<typename Op::Element>;
-  const auto copy = [&](int64_t to, int64_t from, int64_t count) {
-    __builtin_memcpy(op.target + to, op.target + from, count * sizeof(typename Op::Element));
-  };
-  const auto repeat = [&](Wide value, int64_t target, int64_t count) {
-    Sweep<kVector<Op>>(count, [&](auto lanes, auto vectors, int64_t n) __attribute__((always_inline)) {
-      constexpr int kN = decltype(lanes)::value;
-      for (int v = 0; v < decltype(vectors)::value; ++v, n += kN) shared.Finish(lanes, Broadcast<Wide, kN>(value), target + n);
-    });
-  };
-  const auto fill_line = [&](int64_t first) {
-    int64_t pixel = pixels.begin;
-    const auto give = [&](int64_t to, const Wide* value) {
-      if (to > pixels.end) to = pixels.end;
-      if (to <= pixel) return;
-      if (value == nullptr) {
-        repeat(0, (first + pixel) * inner, (to - pixel) * inner);
-      } else if (repeated) {
-        repeat(*value, first + pixel, to - pixel);
-      } else {
-        for (int64_t p = pixel; p < to; ++p) {
-          const int64_t target = (first + p) * inner;
-          if (copies && p > pixel) copy(target, target - inner, inner);
-          else FinishSums(shared, value, target, inner);
-        }
-      }
-      pixel = to;
-    };
-    for (int64_t w = windows.begin; w < windows.end; ++w) {
-      const Range covered = tiles.Covered(2, w);
-      give(covered.begin, nullptr);
-      give(covered.end, held + (w - windows.begin) * inner);
-    }
-    give(pixels.end, nullptr);
-  };
-  const Range planes = tiles.Covered(0, i), lines = tiles.Covered(1, j);
-  const Range all_planes = tiles.Period(0, i), all_lines = tiles.Period(1, j);
-  const int64_t count = (pixels.end - pixels.begin) * inner;
-  int64_t done = -1;  // a line
-  for (int64_t p = all_planes.begin; p < all_planes.end; ++p) {
-    for (int64_t q = all_lines.begin; q < all_lines.end; ++q) {
-      const int64_t first = ((outer * axis[0].size + p) * axis[1].size + q) * axis[2].size;
-      const int64_t line = (first + pixels.begin) * inner;
-      if (p >= planes.end || q >= lines.end) {
-        repeat(0, line, count);
-        continue;
-      }
-      if (copies && done >= 0) {
-        copy(line, done, count);
-      } else if (direct) {
-        fill_line(first);
-      } else {
-        FinishSums(shared, row, line, count);
-      }
-      done = line;
-    }
-  }
-}
-
-// What every window holds, at its pixels. Of the operation, Share(lanes, source, divisor) is what a pixel gets from a window,
-// Weighted() whether divisors differ, Shared() the operation that finishes it, and kAlike whether all pixels of a window are
-// the same then.
-template <class Op>
-bool FillTiles(const Tiles& tiles, const Workers& workers, const Op& op) {
-  using Wide = typename Op::Wide;
-  struct Context {
-    const Tiles& tiles;
-    const Op& op;
-  };
-  const Context context = {tiles, op};
-  const auto body = [](const void* data, int64_t begin, int64_t end) {
-    const Tiles& tiles = static_cast<const Context*>(data)->tiles;
-    const Op& op = static_cast<const Context*>(data)->op;
-    Wide* const row = static_cast<Wide*>(Scratch((2 * tiles.length + 1) * tiles.inner * sizeof(Wide)));
-    if (row == nullptr) return false;
-    for (int64_t unit = begin; unit < end; ++unit) {
-      if constexpr (kNarrows<Op>) {
-        const Range windows = tiles.Windows(tiles.Pixels(unit % tiles.count));
-        const int64_t first = unit / tiles.count * tiles.axis[2].windows + windows.begin;
-        if (op.Ordinary(first * tiles.inner, (windows.end - windows.begin) * tiles.inner)) {
-          FillTile(tiles, unit, op.Narrow(), reinterpret_cast<float*>(row));
-          continue;
-        }
-      }
-      FillTile(tiles, unit, op, row);
-    }
-    StreamFence();
-    return true;
-  };
-  const int64_t lines = (tiles.axis[0].size / tiles.axis[0].windows + 1) * (tiles.axis[1].size / tiles.axis[1].windows + 1);
-  return ParallelFor(workers, tiles.units(), lines * tiles.length * tiles.inner * sizeof(typename Op::Element), body, &context);
-}
+}  // namespace
+}  // namespace jax_mps::JAX_MPS_ISA

@@ -13,7 +13,6 @@
 #include <cstring>
 #include <functional>
 #include <limits>
-#include <memory>
 #include <string>
 #include <thread>
 #include <utility>
@@ -229,40 +228,34 @@ class Threads {
   ~Threads() {
     for (std::thread& thread : threads_) thread.join();
   }
-  const Workers workers = {[this](std::function<void()> task) { threads_.emplace_back(std::move(task)); }};
+  const Workers workers = [this](std::function<void()> task) { threads_.emplace_back(std::move(task)); };
 
  private:
   std::vector<std::thread> threads_;
 };
 
-// Every piece of a large result of new memory is filled once, whoever asks for its pages, and also by pools that run a task
-// before or after all others.
+// Every unit is worked on once, also by pools that run a task before or after all others.
 void TestSharing() {
-  constexpr int64_t kUnits = 1000, kBytes = 48 << 10;  // so much memory at once is always new
+  constexpr int64_t kUnits = 1000, kBytes = 1 << 20;
   enum Pool { kThreads, kAtOnce, kLate };
-  for (int slow : {0, 1}) {
-    for (Pool pool : {kThreads, kAtOnce, kLate}) {
-      ++problems;
-      ExpectSlowPages(slow);
-      const std::unique_ptr<char, decltype(&std::free)> result(static_cast<char*>(std::calloc(kUnits, kBytes)), std::free);
-      const auto fill = [](const void* data, int64_t begin, int64_t end) {
-        char* const bytes = *static_cast<char* const*>(data);
-        for (int64_t i = begin * kBytes; i < end * kBytes; ++i) ++bytes[i];
-        return true;
-      };
-      Threads threads;
-      std::vector<std::function<void()>> late;
-      Workers workers = threads.workers;
-      if (pool == kAtOnce) workers.schedule = [](std::function<void()> task) { task(); };
-      if (pool == kLate) workers.schedule = [&](std::function<void()> task) { late.push_back(std::move(task)); };
-      workers.result = result.get();
-      workers.bytes = kUnits * kBytes;
-      char* const bytes = result.get();
-      bool right = ParallelFor(workers, kUnits, kBytes, fill, &bytes);
-      for (const auto& task : late) task();
-      for (int64_t i = 0; i < kUnits * kBytes; ++i) right &= bytes[i] == 1;
-      if (!right) std::printf("sharing with pool %d, pages expected late: %d\n", pool, slow), ++failures;
-    }
+  for (Pool pool : {kThreads, kAtOnce, kLate}) {
+    ++problems;
+    std::vector<int> count(kUnits);
+    const auto work = [](const void* data, int64_t begin, int64_t end) {
+      int* const count = *static_cast<int* const*>(data);
+      for (int64_t i = begin; i < end; ++i) ++count[i];
+      return true;
+    };
+    Threads threads;
+    std::vector<std::function<void()>> late;
+    Workers workers = threads.workers;
+    if (pool == kAtOnce) workers = [](std::function<void()> task) { task(); };
+    if (pool == kLate) workers = [&](std::function<void()> task) { late.push_back(std::move(task)); };
+    int* const data = count.data();
+    bool right = ShareWork(workers, kUnits, kBytes, work, &data);
+    for (const auto& task : late) task();
+    for (int each : count) right &= each == 1;
+    if (!right) std::printf("sharing with pool %d\n", pool), ++failures;
   }
 }
 
@@ -279,10 +272,10 @@ void ForEachTap(const Geometry& g, const Body& body) {
     for (int64_t i = 0; i < a.windows; ++i) {
       for (int64_t j = 0; j < b.windows; ++j) {
         for (int64_t k = 0; k < c.windows; ++k) {
-          for (int64_t tap = 0; tap < a.kernel * b.kernel * c.kernel; ++tap) {
-            const int64_t x = i * a.stride - a.lo + tap / (b.kernel * c.kernel) * a.dilation;
-            const int64_t y = j * b.stride - b.lo + tap / c.kernel % b.kernel * b.dilation;
-            const int64_t z = k * c.stride - c.lo + tap % c.kernel * c.dilation;
+          for (int64_t tap = 0; tap < a.taps * b.taps * c.taps; ++tap) {
+            const int64_t x = i * a.stride - a.low + tap / (b.taps * c.taps) * a.dilation;
+            const int64_t y = j * b.stride - b.low + tap / c.taps % b.taps * b.dilation;
+            const int64_t z = k * c.stride - c.low + tap % c.taps * c.dilation;
             if (x < 0 || x >= a.size || y < 0 || y >= b.size || z < 0 || z >= c.size) continue;
             for (int64_t n = 0; n < g.inner; ++n) {
               body((((o * a.size + x) * b.size + y) * c.size + z) * g.inner + n,
@@ -306,8 +299,8 @@ Numbers Divisors(const Geometry& g) {
   if (!g.weighted) return divisors;
   const auto counted = [](const Axis& axis, int64_t window) {
     double taps = 0;
-    for (int64_t k = 0; k < axis.kernel; ++k) {
-      const int64_t pixel = axis.stride * window - axis.lo + axis.dilation * k;
+    for (int64_t k = 0; k < axis.taps; ++k) {
+      const int64_t pixel = axis.stride * window - axis.low + axis.dilation * k;
       taps += pixel >= -axis.band_low && pixel < axis.size + axis.band_high;
     }
     return taps;
@@ -324,25 +317,25 @@ Numbers Divisors(const Geometry& g) {
 Axis RandomAxis(int64_t most_pixels, int64_t most_taps) {
   Axis axis;
   axis.size = random_number(1, most_pixels);
-  axis.kernel = random_number(1, most_taps);
+  axis.taps = random_number(1, most_taps);
   axis.stride = random_number(1, 4);
   axis.dilation = random_number.OneIn(3) ? random_number(2, 3) : 1;
-  const int64_t extent = axis.dilation * (axis.kernel - 1) + 1;
+  const int64_t extent = axis.dilation * (axis.taps - 1) + 1;
   if (random_number.OneIn(8)) {  // windows that tile
     axis.dilation = 1;
-    axis.stride = axis.kernel;
-    axis.windows = random_number(1, most_pixels / axis.kernel + 1);
+    axis.stride = axis.taps;
+    axis.windows = random_number(1, most_pixels / axis.taps + 1);
     axis.size = axis.windows * axis.stride;
     return axis;
   }
   if (random_number.OneIn(8)) {  // one window, which covers all
-    axis.kernel = axis.size = random_number(1, most_pixels);
+    axis.taps = axis.size = random_number(1, most_pixels);
     axis.dilation = 1;
     return axis;
   }
-  axis.lo = random_number.OneIn(2) ? random_number(0, extent - 1) : 0;
+  axis.low = random_number.OneIn(2) ? random_number(0, extent - 1) : 0;
   const int64_t high = random_number(0, extent - 1);
-  const int64_t room = axis.size + axis.lo + high - extent;
+  const int64_t room = axis.size + axis.low + high - extent;
   axis.windows = room < 0 ? 1 : room / axis.stride + 1;
   return axis;
 }
@@ -368,9 +361,9 @@ std::string Describe(const char* op, Type type, const Geometry& g) {
   int length = std::snprintf(text, sizeof text, "%s %s outer %d inner %d", op, FormatOf(type).name,
                              static_cast<int>(g.outer), static_cast<int>(g.inner));
   for (const Axis& axis : g.axis) {
-    length += std::snprintf(text + length, sizeof text - length, " (%d -> %d k%d s%d d%d lo%d)", static_cast<int>(axis.size),
-                            static_cast<int>(axis.windows), static_cast<int>(axis.kernel), static_cast<int>(axis.stride),
-                            static_cast<int>(axis.dilation), static_cast<int>(axis.lo));
+    length += std::snprintf(text + length, sizeof text - length, " (%d -> %d k%d s%d d%d low%d)", static_cast<int>(axis.size),
+                            static_cast<int>(axis.windows), static_cast<int>(axis.taps), static_cast<int>(axis.stride),
+                            static_cast<int>(axis.dilation), static_cast<int>(axis.low));
   }
   return text;
 }
@@ -412,7 +405,7 @@ struct Pooling {
 
 // Types that can number the taps.
 Type RandomTapType(const Geometry& g) {
-  const bool narrow = g.axis[0].kernel * g.axis[1].kernel * g.axis[2].kernel <= 128;
+  const bool narrow = g.axis[0].taps * g.axis[1].taps * g.axis[2].taps <= 128;
   const Type types[] = {Type::kS32, Type::kS16, Type::kS8};
   return types[random_number(0, narrow ? 2 : 1)];
 }
@@ -447,7 +440,7 @@ void TestMaxPoolTap(Type type) {
   Pooling take = {Op::kMaxPoolTake, "max_pool_take", type, Type::kS32, RandomGeometry()};
   take.second = RandomTapType(take.geometry);
   const Geometry& g = take.geometry;
-  const int64_t taps = g.axis[0].kernel * g.axis[1].kernel * g.axis[2].kernel;
+  const int64_t taps = g.axis[0].taps * g.axis[1].taps * g.axis[2].taps;
   Numbers tap(PooledSize(g));
   for (double& each : tap) each = static_cast<double>(random_number(-1, taps - 1));  // -1 names none
   const Numbers x = RandomFloats(ImageSize(g)), gradient = RandomFloats(PooledSize(g));
@@ -474,8 +467,8 @@ void TestAvgPool(Type type) {
     g.divisor = 1;
     g.weighted = true;
     for (Axis& axis : g.axis) {
-      if (axis.kernel == 1) continue;
-      axis.band_low = random_number(0, axis.lo);
+      if (axis.taps == 1) continue;
+      axis.band_low = random_number(0, axis.low);
       axis.band_high = random_number(0, 2);
     }
   }
@@ -573,8 +566,8 @@ void TestMaxUnpool(Type type) {
 struct Arrays {
   const ConvProblem& p;
   int64_t windows() const { return p.axis[0].windows * p.axis[1].windows * p.axis[2].windows; }
-  int64_t pixels() const { return p.axis[0].pixels * p.axis[1].pixels * p.axis[2].pixels; }
-  int64_t taps() const { return p.axis[0].kernel * p.axis[1].kernel * p.axis[2].kernel; }
+  int64_t pixels() const { return p.axis[0].size * p.axis[1].size * p.axis[2].size; }
+  int64_t taps() const { return p.axis[0].taps * p.axis[1].taps * p.axis[2].taps; }
   int64_t source_size() const { return p.batch * windows() * p.in; }
   int64_t image_size() const { return p.batch * pixels() * p.out; }
   int64_t kernel_size() const { return taps() * (p.in / p.groups) * p.out; }
@@ -595,18 +588,18 @@ struct Arrays {
 template <class Body>
 void ForEachProduct(const ConvProblem& p, const Body& body) {
   const Arrays arrays = {p};
-  const ConvAxis& a = p.axis[0];
-  const ConvAxis& b = p.axis[1];
-  const ConvAxis& c = p.axis[2];
+  const Axis& a = p.axis[0];
+  const Axis& b = p.axis[1];
+  const Axis& c = p.axis[2];
   for (int64_t n = 0; n < p.batch; ++n) {
     for (int64_t window = 0; window < arrays.windows(); ++window) {
       const int64_t i = window / (b.windows * c.windows), j = window / c.windows % b.windows, k = window % c.windows;
       for (int64_t tap = 0; tap < arrays.taps(); ++tap) {
-        const int64_t x = i * a.stride - a.lo + tap / (b.kernel * c.kernel) * a.dilation;
-        const int64_t y = j * b.stride - b.lo + tap / c.kernel % b.kernel * b.dilation;
-        const int64_t z = k * c.stride - c.lo + tap % c.kernel * c.dilation;
-        if (x < 0 || x >= a.pixels || y < 0 || y >= b.pixels || z < 0 || z >= c.pixels) continue;
-        const int64_t pixel = (x * b.pixels + y) * c.pixels + z;
+        const int64_t x = i * a.stride - a.low + tap / (b.taps * c.taps) * a.dilation;
+        const int64_t y = j * b.stride - b.low + tap / c.taps % b.taps * b.dilation;
+        const int64_t z = k * c.stride - c.low + tap % c.taps * c.dilation;
+        if (x < 0 || x >= a.size || y < 0 || y >= b.size || z < 0 || z >= c.size) continue;
+        const int64_t pixel = (x * b.size + y) * c.size + z;
         const int64_t in = p.in / p.groups, out = p.out / p.groups;
         for (int64_t g = 0; g < p.groups; ++g) {
           for (int64_t s = 0; s < in; ++s) {
@@ -647,21 +640,21 @@ ConvProblem RandomConvolution(Type type) {
       p.in = random_number(1, 37);
       p.out = random_number.OneIn(2) ? random_number(1, 3) : random_number(4, 40);
   }
-  for (ConvAxis& axis : p.axis) axis = ConvAxis();
+  for (Axis& axis : p.axis) axis = Axis();
   const int64_t rank = random_number(1, 3);
   const int64_t windows[] = {0, 60, 7, 4}, taps[] = {0, 9, 4, 3};
   for (int64_t a = 3 - rank; a < 3; ++a) {
-    ConvAxis& axis = p.axis[a];
+    Axis& axis = p.axis[a];
     axis.windows = random_number(1, windows[rank]);
-    axis.kernel = random_number(1, taps[rank]);
+    axis.taps = random_number(1, taps[rank]);
     axis.stride = random_number(1, 4);
     axis.dilation = random_number.OneIn(3) ? random_number(2, 3) : 1;
-    axis.lo = random_number.OneIn(2) ? random_number(-2, axis.dilation * (axis.kernel - 1)) : 0;
-    const int64_t whole = (axis.windows - 1) * axis.stride + axis.dilation * (axis.kernel - 1) + 1;
-    axis.pixels = std::max<int64_t>(1, whole - axis.lo + random_number(-3, 3));
+    axis.low = random_number.OneIn(2) ? random_number(-2, axis.dilation * (axis.taps - 1)) : 0;
+    const int64_t whole = (axis.windows - 1) * axis.stride + axis.dilation * (axis.taps - 1) + 1;
+    axis.size = std::max<int64_t>(1, whole - axis.low + random_number(-3, 3));
   }
   if (rank == 1 && p.in * p.out / p.groups < 200 && random_number.OneIn(4)) {  // more windows than one task adds up
-    p.axis[2].pixels += 2000 * p.axis[2].stride;
+    p.axis[2].size += 2000 * p.axis[2].stride;
     p.axis[2].windows += 2000;
   }
   return p;
@@ -672,10 +665,10 @@ std::string Describe(const char* op, const ConvProblem& p) {
   int length = std::snprintf(text, sizeof text, "%s %s%s batch %d in %d out %d groups %d%s%s", op, FormatOf(p.type).name,
                              p.wide ? " wide" : "", static_cast<int>(p.batch), static_cast<int>(p.in), static_cast<int>(p.out),
                              static_cast<int>(p.groups), p.channels_last ? " channels last" : "", p.transpose_kernel ? " transpose_kernel" : "");
-  for (const ConvAxis& axis : p.axis) {
-    length += std::snprintf(text + length, sizeof text - length, " (%d -> %d k%d s%d d%d lo%d)", static_cast<int>(axis.windows),
-                            static_cast<int>(axis.pixels), static_cast<int>(axis.kernel), static_cast<int>(axis.stride),
-                            static_cast<int>(axis.dilation), static_cast<int>(axis.lo));
+  for (const Axis& axis : p.axis) {
+    length += std::snprintf(text + length, sizeof text - length, " (%d -> %d k%d s%d d%d low%d)", static_cast<int>(axis.windows),
+                            static_cast<int>(axis.size), static_cast<int>(axis.taps), static_cast<int>(axis.stride),
+                            static_cast<int>(axis.dilation), static_cast<int>(axis.low));
   }
   return text;
 }
