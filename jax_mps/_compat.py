@@ -23,8 +23,10 @@ import jax
 import jax.core
 import numpy as np
 from jax import lax
-from jax._src.core import InconclusiveDimensionOperation  # no public name since JAX 0.11
-from jax._src.core import trace_state_clean  # any array would tell too, but starts the devices
+from jax._src.core import (
+    InconclusiveDimensionOperation,  # no public name since JAX 0.11
+    trace_state_clean,  # any array would tell too, but starts the devices
+)
 from jax.interpreters import ad, mlir
 
 try:
