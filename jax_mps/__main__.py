@@ -21,7 +21,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, module, summary in (
         ("info", info, "versions, devices, and which path serves each platform"),
         ("run", run, "run an unmodified program with stock JAX's convolutions and poolings accelerated"),
-        ("demo", demo, "train two small networks with these layers, check their gradients, draw a picture"),
+        (
+            "demo",
+            demo,
+            "train small networks with these layers and in stock Flax, check them, draw a picture",
+        ),
         ("bench", bench, "time the named shapes beside stock JAX and PyTorch"),
         ("lower", lower, "print the program of an operation on a platform; check it for Apple's plugins"),
     ):
