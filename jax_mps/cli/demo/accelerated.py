@@ -48,11 +48,12 @@ class MobileNet(nn.Module):
             x = nn.relu6(nn.GroupNorm(4)(x))
             x = nn.Conv(channels, (1, 1))(x)
             x = nn.relu6(nn.GroupNorm(4)(x))
-        return nn.Dense(10)(x.mean((1, 2)))
+        x = nn.avg_pool(x, (4, 4), strides=(4, 4))  # type: ignore[no-untyped-call]
+        return nn.Dense(10)(x.reshape(len(x), -1))
 
 
 _MODEL = MobileNet()
-_OPTIMIZER = optax.sgd(0.05, momentum=0.9)
+_OPTIMIZER = optax.adam(5e-3)
 
 
 @jax.jit
@@ -97,9 +98,9 @@ def run(console: Console, seed: int) -> Outcome:
         f"time      {ours.milliseconds:.1f} ms a step, {stock.milliseconds:.1f} ms without accelerate() "
         f"({stock.milliseconds / ours.milliseconds:.2f} times ours)"
     )
-    passed = off < _ALLOWED and end < start
+    passed = off < _ALLOWED and end < start / 2
     if not passed:
-        console.print(f"[red]less loss, and a difference below {_ALLOWED:g} were expected")
+        console.print(f"[red]half the loss, and a difference below {_ALLOWED:g} were expected")
     return Outcome(passed, functools.partial(draw, stock, ours))
 
 
