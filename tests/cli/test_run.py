@@ -151,6 +151,14 @@ def test_without_the_library(folder):
     assert "accelerate() replaces nothing: JAX_MPS_NATIVE=off" in run.stderr
 
 
+def test_a_library_that_is_required_and_missing(folder):
+    (folder / "jax_mps_native.py").write_text("raise ImportError")
+    run = ours(folder, "module.py", JAX_MPS_NATIVE="required")
+    assert (run.returncode, run.stdout) == (1, "")
+    assert run.stderr.startswith("jax_mps: JAX_MPS_NATIVE=required, but the native library was not built")
+    assert "Traceback" not in run.stderr
+
+
 @pytest.mark.parametrize("arguments", [(), ("--report",), ("-m",), ("--unknown", "x.py")], ids=" ".join)
 def test_wrong_use_has_status_2(arguments, capsys):
     with pytest.raises(SystemExit) as raised:
