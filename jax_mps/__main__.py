@@ -1,4 +1,4 @@
-"""The command line: `python -m jax_mps [info | demo | bench | lower]`."""
+"""The command line: `python -m jax_mps [info | run | demo | bench | lower]`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from jax_mps.cli import info, lower
+from jax_mps.cli import info, lower, run
 from jax_mps.cli.bench import command as bench
 from jax_mps.cli.demo import command as demo
 
@@ -20,7 +20,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(metavar="command")
     for name, module, summary in (
         ("info", info, "versions, devices, and which path serves each platform"),
-        ("demo", demo, "train two small networks with these layers, check their gradients, draw a picture"),
+        ("run", run, "run an unmodified program with stock JAX's convolutions and poolings accelerated"),
+        (
+            "demo",
+            demo,
+            "train small networks with these layers and in stock Flax, check them, draw a picture",
+        ),
         ("bench", bench, "time the named shapes beside stock JAX and PyTorch"),
         ("lower", lower, "print the program of an operation on a platform; check it for Apple's plugins"),
     ):

@@ -24,7 +24,10 @@ import jax
 import jax.core
 import numpy as np
 from jax import lax
-from jax._src.core import InconclusiveDimensionOperation  # no public name since JAX 0.11
+from jax._src.core import (
+    InconclusiveDimensionOperation,  # no public name since JAX 0.11
+    trace_state_clean,  # any array would tell too, but starts the devices
+)
 from jax.interpreters import ad, mlir
 
 try:
@@ -344,5 +347,4 @@ def padded_operand(value: Any) -> tuple[Any, tuple[int, ...], list[tuple[int, in
 
 def is_tracing() -> bool:
     """Whether JAX is tracing a function in this thread."""
-    clean = getattr(jax.core, "trace_state_clean", None)
-    return not clean() if clean is not None else isinstance(jax.numpy.zeros(()), jax.core.Tracer)
+    return not trace_state_clean()

@@ -15,9 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jax_mps
+
 PAGE = Path(__file__).parents[2] / "docs" / "recipes.md"
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
+
+pytestmark = pytest.mark.filterwarnings(r"ignore:accelerate\(\) replaces nothing")
 
 
 @pytest.fixture(autouse=True)
@@ -38,6 +42,12 @@ def recipe(monkeypatch: pytest.MonkeyPatch, *titles: str) -> dict[str, Any]:
         for block in blocks:
             exec(block, vars(module))
     return vars(module)
+
+
+def check_acceleration(acceleration: jax_mps.Acceleration) -> None:
+    """The block with stock layers has used the native kernels where they are."""
+    ours = {row.operation for row in acceleration.report() if row.ours}
+    assert ours >= {"conv_general_dilated", "select_and_scatter_add"} or not jax_mps.native_available()
 
 
 def image(*shape: int) -> jax.Array:
@@ -71,6 +81,7 @@ def test_equinox(monkeypatch: pytest.MonkeyPatch) -> None:
     """The layers compute what Equinox' do, and a model trains with them as with those."""
     eqx = pytest.importorskip("equinox")
     r = recipe(monkeypatch, "Equinox")
+    check_acceleration(r["acceleration"])
     key, other = jax.random.split(jax.random.key(0))
     options = {"stride": 2, "padding": 1, "output_padding": 1, "groups": 2, "key": key}
 
@@ -115,6 +126,7 @@ def test_equinox(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_haiku(monkeypatch: pytest.MonkeyPatch) -> None:
     hk = pytest.importorskip("haiku")
     r = recipe(monkeypatch, "Haiku")
+    check_acceleration(r["acceleration"])
     x = image(2, 5, 4, 3)
     np.testing.assert_array_equal(
         r["max_pool"](x, (2, 2), (2, 2), "SAME"), hk.max_pool(x, (2, 2, 1), (2, 2, 1), "SAME")
@@ -137,6 +149,7 @@ def test_keras(monkeypatch: pytest.MonkeyPatch) -> None:
     keras = pytest.importorskip("keras")
     assert keras.backend.backend() == "jax"
     r = recipe(monkeypatch, "Keras 3")
+    check_acceleration(r["acceleration"])
     x = image(2, 6, 4, 3)
     fast = {"kernel_initializer": "zeros"}  # others take seconds to compile
     models = [

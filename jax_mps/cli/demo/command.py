@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Runs every part; the status is 1 if any missed what it promises."""
-    if missing("demo", "matplotlib", "optax", "rich", "sklearn"):
+    if missing("demo", "flax", "matplotlib", "optax", "rich", "sklearn"):
         return 2
     import matplotlib as mpl
 
@@ -38,11 +38,11 @@ def run(options: argparse.Namespace) -> int:
     from matplotlib import pyplot as plt
     from rich.console import Console
 
-    from jax_mps.cli.demo import digits, photographs
+    from jax_mps.cli.demo import accelerated, digits, photographs
 
     console = Console()
     start = time.perf_counter()
-    parts = [part.run(console, options.seed) for part in (digits, photographs)]
+    parts = [part.run(console, options.seed) for part in (digits, photographs, accelerated)]
 
     figure = plt.figure(figsize=(10, 7 * len(parts)), layout="constrained")
     for part, panel in zip(parts, figure.subfigures(len(parts), squeeze=False)[:, 0], strict=True):
