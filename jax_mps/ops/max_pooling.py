@@ -245,14 +245,14 @@ def gradient(
 def scatter(g: Array, x: Array, window: Window, start: int) -> Array:
     """The gradient of the maximum, as `lax.select_and_scatter_add` selects taps."""
     params = {"window": window, "start": start, "implementation": None}
-    tap_index = max_pool_selected_tap_index_p.bind(x, padding_first=False, **params)
+    tap_index = max_pool_selected_tap_index_p.bind(x, with_padding=True, **params)
     return _put(g, tap_index, **params)
 
 
 def gather(t: Array, x: Array, window: Window, start: int) -> Array:
     """The tangent of the maximum, as `lax.select_and_gather_add` selects taps."""
     params = {"window": window, "start": start, "implementation": None}
-    tap_index = max_pool_selected_tap_index_p.bind(x, padding_first=True, **params)
+    tap_index = max_pool_selected_tap_index_p.bind(x, with_padding=False, **params)
     return _take(t, tap_index, **params)
 
 
@@ -263,9 +263,9 @@ def _native(name: str) -> Any:
     return lambda *, window, start: (name, primitive.window_attributes(window, start))
 
 
-def _native_selected(*, window: Window, start: int, padding_first: bool) -> tuple[str, dict[str, Any]]:
+def _native_selected(*, window: Window, start: int, with_padding: bool) -> tuple[str, dict[str, Any]]:
     attributes = primitive.window_attributes(window, start)
-    return "max_pool_selected_tap_index", attributes | {"padding_first": np.int64(padding_first)}
+    return "max_pool_selected_tap_index", attributes | {"with_padding": np.int64(with_padding)}
 
 
 def _tap_index_aval(x: Any, window: Window, start: int) -> Any:
@@ -286,7 +286,7 @@ max_pool_tap_index_p = primitive.define(
 )
 max_pool_selected_tap_index_p = primitive.define(
     "max_pool_selected_tap_index",
-    lambda x, *, window, start, padding_first, implementation: _tap_index_aval(x, window, start),
+    lambda x, *, window, start, with_padding, implementation: _tap_index_aval(x, window, start),
     xla_fun=pooling.max_pool_selected_tap_index,
     native=_native_selected,
 )

@@ -13,7 +13,7 @@ are joined.
 
 Which tap a stock gradient selects is told by its comparison: a tap stays while it is `>=` the next one. So
 the first of equal maxima wins; after a NaN the search begins anew; padding is -inf and can be selected, and
-what is selected there is lost.
+what is selected there is lost. A stock tangent leaves padding out, and begins at -inf before the window.
 """
 
 from __future__ import annotations

@@ -62,3 +62,17 @@ def test_convolutions(x64: None, first: int) -> None:
     ours = sum(row.ours for row in rows)
     assert ours > 0.6 * len(rows)
     assert all(row.ours or "no array can be the image" in row.why for row in rows)
+
+
+@pytest.mark.parametrize("kind", ["max", "min", "sum"])
+@pytest.mark.parametrize("first", range(0, 1000, GROUP))
+def test_windows(x64: None, kind: str, first: int) -> None:
+    """The odd ones with ties, NaN and infinities, whose gradients are where stock JAX has them."""
+    rows: list[Any] = []
+    for seed in range(first, first + GROUP):
+        case = stock_random.reduction(seed, kind, special=bool(seed % 2))
+        if case.differentiable:
+            rows += compare(case, seed, np.float64 if kind == "sum" else np.float32)
+    assert sum(row.ours for row in rows) > 0.4 * len(rows)
+    refusals = ("no axis is windowed", "windows over 4 axes", "windows over 5 axes")
+    assert all(row.ours or row.why.startswith(refusals) for row in rows)

@@ -21,6 +21,8 @@ class Case(NamedTuple):
     operands: tuple[np.ndarray, ...]
     note: str
     """What it is, for a failing test to print."""
+    differentiable: bool = True
+    """Whether stock JAX has its gradients: it has none of dilated maxima."""
 
 
 def convolution(seed: int, dtype: str = "float32") -> Case:
@@ -120,4 +122,5 @@ def reduction(seed: int, kind: str, dtype: str = "float32", *, special: bool = F
         out = jax.eval_shape(function, jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)))
         if 0 < out.size < 20000:
             note = f"{kind} of {shape}: {dims}, strides {strides}, padding {padding}, dilation {dilation}"
-            return Case(function, (x.astype(jnp.dtype(dtype)),), note)
+            differentiable = kind == "sum" or all(d == 1 for d in dilation)
+            return Case(function, (x.astype(jnp.dtype(dtype)),), note, differentiable)

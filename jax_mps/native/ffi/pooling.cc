@@ -20,7 +20,7 @@ struct WindowAttrs {
 struct SelectAttrs {
   int64_t start;
   Integers window_shape, strides, window_dilation, low;
-  int64_t padding_first;
+  int64_t with_padding;
 };
 
 struct AverageAttrs {
@@ -47,7 +47,7 @@ XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(jax_mps::SelectAttrs, ffi::StructMember<in
                                       ffi::StructMember<jax_mps::Integers>("strides"),
                                       ffi::StructMember<jax_mps::Integers>("window_dilation"),
                                       ffi::StructMember<jax_mps::Integers>("low"),
-                                      ffi::StructMember<int64_t>("padding_first"));
+                                      ffi::StructMember<int64_t>("with_padding"));
 XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(jax_mps::AverageAttrs, ffi::StructMember<int64_t>("start"),
                                       ffi::StructMember<jax_mps::Integers>("window_shape"),
                                       ffi::StructMember<jax_mps::Integers>("strides"),
@@ -149,7 +149,7 @@ class Call {
     problem_.stream |= ExceedsCaches(result->size_bytes());
   }
 
-  void SetPaddingFirst(bool padding_first) { problem_.padding_first = padding_first; }
+  void SetPaddingFirst(bool with_padding) { problem_.with_padding = with_padding; }
 
   ffi::Error Run(ffi::ThreadPool& pool) {
     if (!error_.empty()) return ffi::Error::InvalidArgument("jax_mps: " + error_);
@@ -209,7 +209,7 @@ ffi::Error MaxPoolSelectedTapIndex(ffi::ThreadPool pool, SelectAttrs attrs, Oper
   call.Require(IsTap(second), kTap);
   call.SetWindows(x.dimensions(), tap->dimensions(), attrs);
   call.SetType(type, second);
-  call.SetPaddingFirst(attrs.padding_first != 0);
+  call.SetPaddingFirst(attrs.with_padding != 0);
   call.SetOperands({x});
   call.SetResult(0, tap);
   return call.Run(pool);

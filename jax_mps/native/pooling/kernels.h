@@ -22,7 +22,7 @@ struct Problem {
   Geometry geometry;
   const void* operand[3];
   void* result[2];
-  bool padding_first;  // kMaxPoolSelectedTapIndex: whether padding is seen before the window
+  bool with_padding;  // kMaxPoolSelectedTapIndex: whether padding takes part
   bool stream;  // whether the result is too large for the caches
   const Workers* workers;
 };

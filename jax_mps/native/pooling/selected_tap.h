@@ -1,5 +1,6 @@
 // Which tap of every window stock JAX selects: a tap stays selected while it is >= the next one. So the first of equal maxima is
-// selected, and after a NaN the search begins anew. Padding is -inf and takes part; where it is selected, the index is -1.
+// selected, and after a NaN the search begins anew. With padding, that takes part as -inf; where it is selected, the index is -1.
+// Without, the search begins at -inf before the window, and padding is left out.
 #pragma once
 
 #include <cstdint>
@@ -30,18 +31,18 @@ struct SelectedTap {
   void* taps;
   Type tap_type;
   int64_t count;       // taps of a window
-  bool padding_first;  // whether the search begins as if a tap in the padding had been seen
+  bool with_padding;
 
   template <int N>
   State<N> Begin(Int<N>, int64_t, int64_t tap) const {
-    const bool inside = tap == 0 && !padding_first;
+    const bool inside = tap == 0 && with_padding;
     // No tap stays while a NaN is the best one, so the first tap in the image is taken.
     const Wide best = inside ? std::numeric_limits<Wide>::quiet_NaN() : -kInfinity;
     return {Broadcast<Wide, N>(best), Broadcast<Index, N>(Index{-1}), tap};
   }
   template <int N>
   void Tap(Int<N>, State<N>& state, int64_t from, int64_t tap) const {
-    if (tap != state.next) SelectPadding(state);
+    if (with_padding && tap != state.next) SelectPadding(state);
     Vec<Wide, N> value;
     Load<N>(source + from, value);
     const auto stays = state.best >= value;
@@ -59,7 +60,7 @@ struct SelectedTap {
   template <int N>
   void Finish(Int<N>, const State<N>& state, int64_t to) const {
     State<N> last = state;
-    if (state.next != count) SelectPadding(last);
+    if (with_padding && state.next != count) SelectPadding(last);
     switch (tap_type) {
       case Type::kS8: return Store<N>(static_cast<int8_t*>(taps) + to, last.tap);
       case Type::kS16: return Store<N>(static_cast<int16_t*>(taps) + to, last.tap);
@@ -67,7 +68,7 @@ struct SelectedTap {
     }
   }
   const SelectedTap& At(int64_t) const { return *this; }
-  SelectedTap From(const T* other) const { return {other, taps, tap_type, count, padding_first}; }
+  SelectedTap From(const T* other) const { return {other, taps, tap_type, count, with_padding}; }
 };
 
 template <class T>
@@ -75,7 +76,7 @@ bool MaxPoolSelectedTapIndex(const Problem& problem) {
   int64_t count = 1;
   for (const Axis& axis : problem.geometry.axis) count *= axis.taps;
   const SelectedTap<T> op = {static_cast<const T*>(problem.operand[0]), problem.result[0], problem.second, count,
-                             problem.padding_first};
+                             problem.with_padding};
   return Walk(problem.geometry, *problem.workers, op);
 }
 
