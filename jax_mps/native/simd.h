@@ -179,8 +179,10 @@ inline bool Resize(Vec<From, N> v, Vec<To, N>& to) {
   constexpr int kNarrow = sizeof v < sizeof to ? sizeof v : sizeof to;
   if constexpr ((kNarrow == 4 || kNarrow == 8) && kTo == 2 * kFrom) {
     const auto x = [&] {
-      if constexpr (sizeof v == 4) return vdup_n_u32(Bits<uint32_t>(v));
-      else return Bits<uint32x2_t>(v);
+      if constexpr (sizeof v == 4)
+        return vdup_n_u32(Bits<uint32_t>(v));
+      else
+        return Bits<uint32x2_t>(v);
     }();
     const auto wide = [&] {
       if constexpr (kFrom == 1 && kSigned) return vmovl_s8(Bits<int8x8_t>(x));
@@ -195,8 +197,10 @@ inline bool Resize(Vec<From, N> v, Vec<To, N>& to) {
   }
   if constexpr ((kNarrow == 4 || kNarrow == 8) && kFrom == 2 * kTo) {
     const auto x = [&] {
-      if constexpr (sizeof v == 8) return vcombine_u32(Bits<uint32x2_t>(v), Bits<uint32x2_t>(v));
-      else return Bits<uint32x4_t>(v);
+      if constexpr (sizeof v == 8)
+        return vcombine_u32(Bits<uint32x2_t>(v), Bits<uint32x2_t>(v));
+      else
+        return Bits<uint32x4_t>(v);
     }();
     const auto narrow = [&] {
       if constexpr (kTo == 1) return vmovn_u16(Bits<uint16x8_t>(x));
@@ -310,11 +314,13 @@ inline void Narrow(F16* to, Vec<float, N> v) {
   if constexpr (N == 8) return StoreRaw<N>(&to->bits, _mm256_cvtps_ph(Bits<__m256>(v), _MM_FROUND_TO_NEAREST_INT));
 #endif
 #if defined(__AVX512F__)
-  if constexpr (N == 16) return StoreRaw<N>(&to->bits, _mm512_maskz_cvtps_ph(0xffff, Bits<__m512>(v), _MM_FROUND_TO_NEAREST_INT));
+  if constexpr (N == 16)
+    return StoreRaw<N>(&to->bits, _mm512_maskz_cvtps_ph(0xffff, Bits<__m512>(v), _MM_FROUND_TO_NEAREST_INT));
 #endif
 #if defined(__aarch64__)
   if constexpr (N == 4 || N == 1) return StoreRaw<N>(&to->bits, vcvt_f16_f32(Bits<float32x4_t>(v)));
-  if constexpr (N == 2) return StoreRaw<N>(&to->bits, vcvt_f16_f32(vcombine_f32(Bits<float32x2_t>(v), Bits<float32x2_t>(v))));
+  if constexpr (N == 2)
+    return StoreRaw<N>(&to->bits, vcvt_f16_f32(vcombine_f32(Bits<float32x2_t>(v), Bits<float32x2_t>(v))));
 #endif
   using U = Vec<uint32_t, N>;
   const U bits = Bits<U>(v);
@@ -386,8 +392,8 @@ inline void Store(T* to, V v) {
   }
 }
 
-// N numbers or sums of half precision in two vectors, cut as costs least: bfloat16 into even and odd lanes, where a float starts
-// or ends with a half's bits and nothing is shuffled, float16 into the lower and the upper ones.
+// N numbers or sums of half precision in two vectors, cut as costs least: bfloat16 into even and odd lanes, where a float
+// starts or ends with a half's bits and nothing is shuffled, float16 into the lower and the upper ones.
 template <class T, int N, class Lane = float>
 struct Halves {
   Vec<Lane, (N + 1) / 2> first, second;
@@ -477,7 +483,8 @@ inline Vec<uint16_t, N> BitsWhere(const T* value, const I* key, int64_t wanted) 
 #if defined(__AVX512BW__) && defined(__AVX512VL__)
   // Compared in their own width: the mask has a bit a lane whatever the width.
   if constexpr (N == 32 && sizeof(I) == 1) {
-    const __mmask32 here = _mm256_cmpeq_epi8_mask(Bits<__m256i>(LoadRaw<I, N>(key)), _mm256_set1_epi8(static_cast<int8_t>(wanted)));
+    const __mmask32 here =
+        _mm256_cmpeq_epi8_mask(Bits<__m256i>(LoadRaw<I, N>(key)), _mm256_set1_epi8(static_cast<int8_t>(wanted)));
     return Bits<Vec<uint16_t, N>>(_mm512_maskz_loadu_epi16(here, value));
   }
 #endif
@@ -502,7 +509,8 @@ inline void AddWhere(V& sum, const T* value, const I* key, int64_t wanted) {
     } else {
       here = _mm256_cmpeq_epi16_mask(Bits<__m256i>(LoadRaw<I, 16>(key)), _mm256_set1_epi16(static_cast<int16_t>(wanted)));
     }
-    sum = Bits<Vec<Lane, N>>(_mm512_mask_add_ps(Bits<__m512>(sum), here, Bits<__m512>(sum), Bits<__m512>(LoadRaw<float, 16>(value))));
+    sum = Bits<Vec<Lane, N>>(
+        _mm512_mask_add_ps(Bits<__m512>(sum), here, Bits<__m512>(sum), Bits<__m512>(LoadRaw<float, 16>(value))));
     return;
   }
 #endif
@@ -595,7 +603,8 @@ using Key = typename KeyOf<T>::type;
 template <class T>
 constexpr bool kFloating = std::is_floating_point_v<T>;
 
-// From elements to keys and back. `T` is a float, a signed integer, which stands for the unsigned one of its size too, or Half.
+// From elements to keys and back. `T` is a float, a signed integer, which stands for the unsigned one of its size too, or
+// Half.
 template <class T>
 struct Order {
   Key<T> constant;  // Half: the bits of infinity; integers: the bits to flip
@@ -610,9 +619,12 @@ struct Order {
 
   // The least key: what a window without taps holds.
   Key<T> Lowest() const {
-    if constexpr (kFloating<T>) return -std::numeric_limits<T>::infinity();
-    else if constexpr (std::is_integral_v<T>) return std::numeric_limits<T>::lowest();
-    else return static_cast<Key<T>>(~constant);
+    if constexpr (kFloating<T>)
+      return -std::numeric_limits<T>::infinity();
+    else if constexpr (std::is_integral_v<T>)
+      return std::numeric_limits<T>::lowest();
+    else
+      return static_cast<Key<T>>(~constant);
   }
 
   // A half's bits, read as a sign and a magnitude, are in order but for NaN, which loses its sign to become the greatest.
@@ -642,8 +654,9 @@ struct Order {
   }
 };
 
-// ---- Sweeping a run of n elements: `most` vectors at a time (16, 8, 4 or 2), then eight, four and one. The last group overlaps the one
-// before it; a run shorter than a vector takes `fewer` lanes. body(lanes, vectors, position), the first two as types.
+// ---- Sweeping a run of n elements: `most` vectors at a time (16, 8, 4 or 2), then eight, four and one. The last group
+// overlaps the one before it; a run shorter than a vector takes `fewer` lanes. body(lanes, vectors, position), the first two
+// as types.
 
 template <int N>
 using Int = std::integral_constant<int, N>;

@@ -21,12 +21,12 @@
 namespace jax_mps {
 namespace {
 
-constexpr int64_t kGrain = 64 << 10;  // bytes: less than this is not worth a task
+constexpr int64_t kGrain = 64 << 10;     // bytes: less than this is not worth a task
 constexpr int64_t kTasksPerThread = 64;  // many small ones: a thread without work waits for the rest of one at most
-constexpr int kSpins = 200;  // while the last tasks of other threads end; after these the caller sleeps
+constexpr int kSpins = 200;              // while the last tasks of other threads end; after these the caller sleeps
 
-// Subnormal numbers count while this lives. XLA lets some of its threads flush them to zero: then the tap of a maximum, and the
-// norm of a small vector, would depend on the thread.
+// Subnormal numbers count while this lives. XLA lets some of its threads flush them to zero: then the tap of a maximum, and
+// the norm of a small vector, would depend on the thread.
 class Subnormals {
  public:
 #if defined(__x86_64__) || defined(_M_X64)
@@ -47,8 +47,8 @@ class Subnormals {
 #endif
 };
 
-// The tasks that a thread takes first. Every call cuts the same work in the same way, so a thread often finds its data in its
-// caches. A thread that has finished its share takes tasks of the others.
+// The tasks that a thread takes first. Every call cuts the same work in the same way, so a thread often finds its data in
+// its caches. A thread that has finished its share takes tasks of the others.
 struct alignas(64) Share {
   std::atomic<int64_t> next;
   int64_t end;
@@ -103,8 +103,8 @@ int ThreadCount() {
   return count;
 }
 
-bool ShareWork(const Workers& workers, int64_t units, int64_t bytes_per_unit,
-               bool (*body)(const void*, int64_t, int64_t), const void* context) {
+bool ShareWork(const Workers& workers, int64_t units, int64_t bytes_per_unit, bool (*body)(const void*, int64_t, int64_t),
+               const void* context) {
   const double bytes = static_cast<double>(units) * bytes_per_unit;
   const int64_t wanted = ThreadCount() * kTasksPerThread;
   const int64_t tasks = std::min({units, wanted, static_cast<int64_t>(bytes / kGrain)});

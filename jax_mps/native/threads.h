@@ -1,5 +1,5 @@
-// Work sharing on XLA's own thread pool, and scratch memory. Compiled once for the baseline instruction set; parallel_for.h has
-// the form that kernels use.
+// Work sharing on XLA's own thread pool, and scratch memory. Compiled once for the baseline instruction set; parallel_for.h
+// has the form that kernels use.
 #pragma once
 
 #include <cstddef>

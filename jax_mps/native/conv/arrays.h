@@ -42,8 +42,8 @@ inline void ForBlocks(int64_t rows, int64_t columns, const Body& body) {
 // to[r * to_row + c * to_column] = from[r * from_row + c * from_column], through numbers of type T. On both sides one of the
 // steps is 1.
 template <class T, class From, class To>
-inline void CopyMatrix(int64_t rows, int64_t columns, const From* from, int64_t from_row, int64_t from_column, To* to, int64_t to_row,
-                      int64_t to_column) {
+inline void CopyMatrix(int64_t rows, int64_t columns, const From* from, int64_t from_row, int64_t from_column, To* to,
+                       int64_t to_row, int64_t to_column) {
   if (from_column != 1) return CopyMatrix<T>(columns, rows, from, from_column, from_row, to, to_column, to_row);
   if (to_column == 1) {
     for (int64_t r = 0; r < rows; ++r, from += from_row, to += to_row) {

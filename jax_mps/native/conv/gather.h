@@ -1,7 +1,7 @@
 // Transposed convolution and its gradient to the data.
 //
-// Both are sums of products over channels, so both end in one register tile: some rows of the source, read element by element,
-// times a panel of vectors of the kernel (tile.h). What differs is what a row is:
+// Both are sums of products over channels, so both end in one register tile: some rows of the source, read element by
+// element, times a panel of vectors of the kernel (tile.h). What differs is what a row is:
 //   forward         pixels of one phase that read the same taps; the panel holds output channels. Where the outputs are too
 //                   few to fill vectors, windows are multiplied with all taps at once and the products overlap-added.
 //   data gradient   windows that read the same taps; the panel holds input channels.
@@ -36,10 +36,10 @@ struct Gather {
   Array<const E> source;
   Array<R> target;
   Weights<T> weights;
-  int64_t depth, narrow;  // channels of a group of the source, of the target
-  bool direct_source = false, direct_target = false;  // arrays that need no tile
+  int64_t depth, narrow;                                        // channels of a group of the source, of the target
+  bool direct_source = false, direct_target = false;            // arrays that need no tile
   int64_t source_pitch = 0, target_pitch = 0, group_pitch = 0;  // of tiles
-  int64_t splits = 1;  // of the panels
+  int64_t splits = 1;                                           // of the panels
   int64_t product_room = 0, source_room = 0, target_room = 0, row_room = 0, tap_room = 0;  // elements of scratch
 
   bool forward() const { return problem.op == ConvOp::kForward; }
@@ -92,7 +92,8 @@ struct Gather {
 
   // The targets [first, last) of a segment inside a box.
   static Range Inside(const Segment& segment, Range range) {
-    const int64_t begin = segment.target >= range.begin ? 0 : (range.begin - segment.target + segment.step - 1) / segment.step;
+    const int64_t begin =
+        segment.target >= range.begin ? 0 : (range.begin - segment.target + segment.step - 1) / segment.step;
     const int64_t end = segment.target >= range.end ? 0 : (range.end - segment.target + segment.step - 1) / segment.step;
     return {Least(begin, segment.count), Least(end, segment.count)};
   }
@@ -150,9 +151,10 @@ struct Gather {
       int64_t group = first, number = panels.begin - first * panels_of_group;
       for (int64_t p = panels.begin; p < panels.end; ++p) {
         const Panel panel = lanes.panel(number);
-        MultiplyPanel<way, kPanel>(panel.vectors, Least(some, count - begin), from + (way == Way::kDense ? group * depth : panel.start),
-                                      to + group * group_pitch + panel.start, rows + begin, taps, tap_count,
-                                      weights.data + group * weights.group_size() + panel.first * weights.steps * kN);
+        MultiplyPanel<way, kPanel>(panel.vectors, Least(some, count - begin),
+                                   from + (way == Way::kDense ? group * depth : panel.start),
+                                   to + group * group_pitch + panel.start, rows + begin, taps, tap_count,
+                                   weights.data + group * weights.group_size() + panel.first * weights.steps * kN);
         if (++number == panels_of_group) number = 0, ++group;
       }
     }
@@ -284,7 +286,8 @@ struct Gather {
       const int64_t group = p / lanes.panels();
       const Panel panel = lanes.panel(p % lanes.panels());
       const int64_t begin = panel.start, end = Least(begin + panel.vectors * kN, lanes.count);
-      Emit(tile + group * group_pitch + begin, target_pitch, target, box, {group * lanes.count + begin, group * lanes.count + end});
+      Emit(tile + group * group_pitch + begin, target_pitch, target, box,
+           {group * lanes.count + begin, group * lanes.count + end});
     }
   }
 };
@@ -294,7 +297,8 @@ template <class E>
 inline Way WayOf(const ConvProblem& problem, int64_t depth, int64_t narrow) {
   constexpr int64_t kN = kLanes<Acc<E>>;
   if (problem.groups > 1 && 2 * narrow <= kN && depth > 0 && depth <= kN) return Way::kAcross;
-  // Overlapping saves the products of empty lanes, and adds every product to a pixel, which takes about as long as four vectors.
+  // Overlapping saves the products of empty lanes, and adds every product to a pixel, which takes about as long as four
+  // vectors.
   const bool saves = depth * (kN - narrow) >= 4 * kN * narrow;
   return problem.op == ConvOp::kForward && saves ? Way::kOverlap : Way::kDense;
 }
@@ -303,8 +307,8 @@ inline Way WayOf(const ConvProblem& problem, int64_t depth, int64_t narrow) {
 inline KernelStrides StridesOf(const ConvProblem& problem, Way way, int64_t narrow, int64_t lanes) {
   const KernelLayout layout = LayoutOf(problem);
   const bool forward = problem.op == ConvOp::kForward;
-  KernelStrides strides = {layout.base, layout.group, layout.tap, forward ? layout.in : layout.out,
-                           forward ? layout.out : layout.in, lanes, 0};
+  KernelStrides strides = {
+      layout.base, layout.group, layout.tap, forward ? layout.in : layout.out, forward ? layout.out : layout.in, lanes, 0};
   if (way == Way::kAcross && narrow == 1) strides.lane = layout.group;
   if (way == Way::kAcross && narrow > 1) strides.inner = narrow, strides.outer = layout.group;
   if (way == Way::kOverlap) strides.inner = narrow, strides.outer = layout.tap;
@@ -368,13 +372,18 @@ bool GatherAll(const ConvProblem& problem) {
 
   const Way way = WayOf<E>(problem, depth, narrow);
   const bool across = way == Way::kAcross, overlap = way == Way::kOverlap;
-  Weights<T> weights = {{across ? groups * narrow : overlap ? taps * narrow : narrow}, across ? 1 : groups,
-                        overlap ? depth : taps * depth, nullptr};
+  Weights<T> weights = {{across    ? groups * narrow
+                         : overlap ? taps * narrow
+                                   : narrow},
+                        across ? 1 : groups,
+                        overlap ? depth : taps * depth,
+                        nullptr};
   const Buffer packed(weights.groups * weights.group_size() * static_cast<int64_t>(sizeof(T)));
   if (packed.data() == nullptr) return false;
   weights.data = static_cast<const T*>(packed.data());
-  if (!PackKernel(*problem.workers, static_cast<const E*>(problem.operand[1]), StridesOf(problem, way, narrow, weights.lanes.count),
-                  overlap ? 1 : taps, depth, weights, static_cast<T*>(packed.data()))) {
+  if (!PackKernel(*problem.workers, static_cast<const E*>(problem.operand[1]),
+                  StridesOf(problem, way, narrow, weights.lanes.count), overlap ? 1 : taps, depth, weights,
+                  static_cast<T*>(packed.data()))) {
     return false;
   }
 
@@ -384,12 +393,13 @@ bool GatherAll(const ConvProblem& problem) {
   gather.plan = &plan;
   SetRooms(gather, plan);
   const int64_t units = plan.box_count() * gather.splits;
-  return ParallelFor(*problem.workers, units, static_cast<int64_t>(Effort<E>(problem) / units) + 1, [&](int64_t begin, int64_t end) {
-    for (int64_t unit = begin; unit < end; ++unit) {
-      if (!gather.Work(unit)) return false;
-    }
-    return true;
-  });
+  return ParallelFor(*problem.workers, units, static_cast<int64_t>(Effort<E>(problem) / units) + 1,
+                     [&](int64_t begin, int64_t end) {
+                       for (int64_t unit = begin; unit < end; ++unit) {
+                         if (!gather.Work(unit)) return false;
+                       }
+                       return true;
+                     });
 }
 
 }  // namespace

@@ -56,18 +56,24 @@ void CutPixels(const Axis& axis, std::vector<Segment>& segments) {
     all.tap = first[phase];
     all.source = FloorDiv(phase + axis.low - axis.dilation * all.tap, axis.stride);
     const int64_t taps = (axis.taps - all.tap - 1) / tap_step + 1;
-    Cut(all, [&](int64_t u) {
-      const int64_t window = all.source + u;
-      return Clamp(CeilDiv(window - axis.windows + 1, back), FloorDiv(window, back) + 1, taps);
-    }, segments);
+    Cut(
+        all,
+        [&](int64_t u) {
+          const int64_t window = all.source + u;
+          return Clamp(CeilDiv(window - axis.windows + 1, back), FloorDiv(window, back) + 1, taps);
+        },
+        segments);
   }
 }
 
 void CutWindows(const Axis& axis, std::vector<Segment>& segments) {
-  Cut({0, 1, axis.windows, -axis.low, axis.stride, 0, 0, 1, axis.dilation}, [&](int64_t window) {
-    const int64_t first = axis.stride * window - axis.low;
-    return Clamp(CeilDiv(-first, axis.dilation), CeilDiv(axis.size - first, axis.dilation), axis.taps);
-  }, segments);
+  Cut(
+      {0, 1, axis.windows, -axis.low, axis.stride, 0, 0, 1, axis.dilation},
+      [&](int64_t window) {
+        const int64_t first = axis.stride * window - axis.low;
+        return Clamp(CeilDiv(-first, axis.dilation), CeilDiv(axis.size - first, axis.dilation), axis.taps);
+      },
+      segments);
 }
 
 }  // namespace

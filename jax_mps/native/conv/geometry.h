@@ -78,11 +78,19 @@ class Buffer {
 };
 
 #if defined(__x86_64__) || defined(_M_X64)
-namespace x86_64_v2 { bool Execute(const ConvProblem& problem); }
-namespace x86_64_v3 { bool Execute(const ConvProblem& problem); }
-namespace x86_64_v4 { bool Execute(const ConvProblem& problem); }
+namespace x86_64_v2 {
+bool Execute(const ConvProblem& problem);
+}
+namespace x86_64_v3 {
+bool Execute(const ConvProblem& problem);
+}
+namespace x86_64_v4 {
+bool Execute(const ConvProblem& problem);
+}
 #else
-namespace baseline { bool Execute(const ConvProblem& problem); }
+namespace baseline {
+bool Execute(const ConvProblem& problem);
+}
 #endif
 
 }  // namespace jax_mps

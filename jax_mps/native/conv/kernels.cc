@@ -24,11 +24,16 @@ bool ConvTranspose(const ConvProblem& problem) {
 
 bool Execute(const ConvProblem& problem) {
   switch (problem.type) {
-    case Type::kF32: return ConvTranspose<float>(problem);
-    case Type::kF64: return ConvTranspose<double>(problem);
-    case Type::kF16: return ConvTranspose<F16>(problem);
-    case Type::kBF16: return ConvTranspose<BF16>(problem);
-    default: __builtin_unreachable();
+    case Type::kF32:
+      return ConvTranspose<float>(problem);
+    case Type::kF64:
+      return ConvTranspose<double>(problem);
+    case Type::kF16:
+      return ConvTranspose<F16>(problem);
+    case Type::kBF16:
+      return ConvTranspose<BF16>(problem);
+    default:
+      __builtin_unreachable();
   }
 }
 

@@ -10,8 +10,8 @@
 namespace jax_mps::JAX_MPS_ISA {
 namespace {
 
-// What meets what: an element of the source all lanes of a panel; a lane the same lane; or an element all taps at once, whose
-// products are then added to the pixels.
+// What meets what: an element of the source all lanes of a panel; a lane the same lane; or an element all taps at once,
+// whose products are then added to the pixels.
 enum class Way { kDense, kAcross, kOverlap };
 
 struct Row {
@@ -23,8 +23,8 @@ struct TapRun {
   int64_t source, step, length;
 };
 
-// target[row][lane] = sum over taps and elements. `weights` is the panel [step][V vectors]. Flattened: calls of the lambdas would
-// keep the sums in memory.
+// target[row][lane] = sum over taps and elements. `weights` is the panel [step][V vectors]. Flattened: calls of the lambdas
+// would keep the sums in memory.
 template <Way way, int R, int V, class S, class T>
 __attribute__((noinline, flatten)) void MultiplyTile(const S* source, T* target, const Row* rows, const TapRun* taps,
                                                      int64_t tap_count, const T* weights) {
@@ -54,11 +54,7 @@ __attribute__((noinline, flatten)) void MultiplyTile(const S* source, T* target,
       }
     }
   }
-  Unroll<R>([&](int r) {
-    Unroll<V>([&](int v) {
-      StoreRaw<kN>(target + rows[r].target + v * kN, sum[r][v]);
-    });
-  });
+  Unroll<R>([&](int r) { Unroll<V>([&](int v) { StoreRaw<kN>(target + rows[r].target + v * kN, sum[r][v]); }); });
 }
 
 template <Way way, int R, int V, class S, class T>

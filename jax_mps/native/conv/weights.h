@@ -1,7 +1,7 @@
 // The weight gradient: dW[tap, out, in] = sum over windows of image[pixel(window, tap), out] * source[window, in].
 //
-// Windows are worked on in blocks. Many windows and few weights are split among tasks, whose partial sums are added in a fixed
-// order.
+// Windows are worked on in blocks. Many windows and few weights are split among tasks, whose partial sums are added in a
+// fixed order.
 #pragma once
 
 #include <cstdint>
@@ -83,8 +83,8 @@ bool StageAll(const ConvProblem& problem, const Array<const E>& from, int64_t pi
   });
 }
 
-// The side whose columns leave the fewest lanes of vectors empty gets the lanes; else the other one does that has more to pack,
-// as rows are packed, those of the source once and those of the image once a tap.
+// The side whose columns leave the fewest lanes of vectors empty gets the lanes; else the other one does that has more to
+// pack, as rows are packed, those of the source once and those of the image once a tap.
 template <class T>
 inline bool ImageFillsLanes(int64_t in, int64_t columns, int64_t taps, int64_t out) {
   constexpr int64_t kN = kLanes<T>;
@@ -93,8 +93,8 @@ inline bool ImageFillsLanes(int64_t in, int64_t columns, int64_t taps, int64_t o
 }
 
 template <class E, class R>
-bool DenseWeightGradient(const ConvProblem& problem, const Array<const E>& image, const Array<const E>& source, int64_t windows,
-                         R* result) {
+bool DenseWeightGradient(const ConvProblem& problem, const Array<const E>& image, const Array<const E>& source,
+                         int64_t windows, R* result) {
   using T = Acc<E>;
   const int64_t in = problem.in / problem.groups, out = problem.out / problem.groups, taps = TapCount(problem);
   // With more rows than there are windows in a line, the ends of the lines cost more than packing does.
@@ -149,7 +149,8 @@ bool WeightGradient(const ConvProblem& problem) {
     return Array<const T>{static_cast<const T*>(copy.data()), {array.size[0], array.size[1], array.size[2]}, channels, true};
   };
   const Array<const T> x = copied(source, source_copy, copies * pitch);
-  if (!StageAll<E>(problem, source, copies * pitch, copies, expand ? out : 1, static_cast<T*>(source_copy.data()))) return false;
+  if (!StageAll<E>(problem, source, copies * pitch, copies, expand ? out : 1, static_cast<T*>(source_copy.data())))
+    return false;
   if (problem.channels_last) return WeightGradientOf<E, T, R>(problem, image, x, across, pitch);
   if (!StageAll<E>(problem, image, image.channels, 1, 1, static_cast<T*>(image_copy.data()))) return false;
   return WeightGradientOf<T, T, R>(problem, copied(image, image_copy, image.channels), x, across, pitch);

@@ -14,7 +14,8 @@
 namespace jax_mps::JAX_MPS_ISA {
 namespace {
 
-// Whether the sources of a window's lanes can be picked from one vector: as many inputs as outputs, and whole vectors of groups.
+// Whether the sources of a window's lanes can be picked from one vector: as many inputs as outputs, and whole vectors of
+// groups.
 template <class T>
 inline bool Picks(int64_t in, int64_t out, int64_t lanes) {
   return kPicks && in == out && (in == 2 || in == 4 || in == 8) && in < kLanes<T> && lanes % kLanes<T> == 0;
@@ -108,7 +109,8 @@ struct AcrossTask {
       for (; l + kN <= lanes; l += kN) Add<1>(a + l, source.channels, g + l, step, span.count, sums + l);
       for (; l < lanes; ++l) {
         T sum = 0;
-        for (int64_t w = 0; w < span.count; ++w) sum += Load<T, 1>(a + w * source.channels + l)[0] * Load<T, 1>(g + w * step + l)[0];
+        for (int64_t w = 0; w < span.count; ++w)
+          sum += Load<T, 1>(a + w * source.channels + l)[0] * Load<T, 1>(g + w * step + l)[0];
         sums[l] += sum;
       }
     }
@@ -118,7 +120,8 @@ struct AcrossTask {
   void Emit(int64_t, int64_t part, const T* sums, R* result) const {
     const int64_t out = problem.out / problem.groups;
     R* to = result + layout.base + part / depth * layout.tap + part % depth * layout.in;
-    for (int64_t l = 0; l < image.channels; ++l) Store<1>(to + l / out * layout.group + l % out * layout.out, Vec<T, 1>{sums[l]});
+    for (int64_t l = 0; l < image.channels; ++l)
+      Store<1>(to + l / out * layout.group + l % out * layout.out, Vec<T, 1>{sums[l]});
   }
 };
 

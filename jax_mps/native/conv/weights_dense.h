@@ -1,8 +1,8 @@
 // The weight gradient of groups of many channels.
 //
-// One side of a block becomes tiles of columns, packed window by window; the other is read in panels of vectors, where it lies
-// if it can be. A tap meets the windows that it reads inside the image, no others; padding is multiplied only where all the
-// taps of a row go together.
+// One side of a block becomes tiles of columns, packed window by window; the other is read in panels of vectors, where it
+// lies if it can be. A tap meets the windows that it reads inside the image, no others; padding is multiplied only where all
+// the taps of a row go together.
 #pragma once
 
 #include <cstdint>
@@ -33,11 +33,12 @@ struct Bounds {
   const E *begin, *end, *readable;
 };
 
-// Packs strips of `count` windows, from number `at` on, `step` elements apart; zeros for what is out of bounds. Window by window,
-// so that memory is read in order; `wide` numbers at a time: what that is too much, the next window overwrites, or the last one
-// leaves behind its strip.
+// Packs strips of `count` windows, from number `at` on, `step` elements apart; zeros for what is out of bounds. Window by
+// window, so that memory is read in order; `wide` numbers at a time: what that is too much, the next window overwrites, or
+// the last one leaves behind its strip.
 template <int wide, class E, class T>
-inline void PackStrips(const E* from, const Bounds<E>& bounds, int64_t step, int64_t at, int64_t count, List<Strip<T>> strips) {
+inline void PackStrips(const E* from, const Bounds<E>& bounds, int64_t step, int64_t at, int64_t count,
+                       List<Strip<T>> strips) {
   const Strip<T>& last = strips.first[strips.number - 1];
   const int64_t least = bounds.begin - from - strips.first->column;
   const int64_t most = Least(bounds.end - from - last.column - last.count, bounds.readable - from - last.column - wide);
@@ -98,19 +99,21 @@ __attribute__((noinline, flatten)) void MultiplyBlock(List<Stretch> stretches, c
 }
 
 template <bool packed, int V = kPanel, int R = TileRows(V), class T>
-inline void MultiplyBlock(int64_t height, int64_t vectors, List<Stretch> stretches, const WeightRow<T>* rows, int64_t row_step,
-                          const T* panel, int64_t panel_step, T* sums) {
+inline void MultiplyBlock(int64_t height, int64_t vectors, List<Stretch> stretches, const WeightRow<T>* rows,
+                          int64_t row_step, const T* panel, int64_t panel_step, T* sums) {
   if constexpr (V > 1) {
-    if (vectors < V) return MultiplyBlock<packed, V - 1>(height, vectors, stretches, rows, row_step, panel, panel_step, sums);
+    if (vectors < V)
+      return MultiplyBlock<packed, V - 1>(height, vectors, stretches, rows, row_step, panel, panel_step, sums);
   }
   if constexpr (R > 1) {
-    if (height < R) return MultiplyBlock<packed, V, R - 1>(height, vectors, stretches, rows, row_step, panel, panel_step, sums);
+    if (height < R)
+      return MultiplyBlock<packed, V, R - 1>(height, vectors, stretches, rows, row_step, panel, panel_step, sums);
   }
   MultiplyBlock<packed, R, V>(stretches, rows, row_step, panel, panel_step, sums);
 }
 
-// Many weights, one unit of work a block of them: [tile][panel][row][lane]. The columns of the image are those of a run of taps:
-// one, or a row of the kernel where that fills tiles and panels better.
+// Many weights, one unit of work a block of them: [tile][panel][row][lane]. The columns of the image are those of a run of
+// taps: one, or a row of the kernel where that fills tiles and panels better.
 template <class E, class T>
 struct WeightTask {
   using Sum = T;
@@ -127,8 +130,16 @@ struct WeightTask {
 
   WeightTask(const ConvProblem& problem, const Array<const E>& image, const Array<const E>& source, bool image_lanes,
              int64_t run_taps, bool* unfit)
-      : problem(problem), layout(LayoutOf(problem)), image(image), source(source), in(problem.in / problem.groups),
-        out(problem.out / problem.groups), image_lanes(image_lanes), unfit(unfit), run_taps(run_taps), runs(TapCount(problem) / run_taps) {
+      : problem(problem),
+        layout(LayoutOf(problem)),
+        image(image),
+        source(source),
+        in(problem.in / problem.groups),
+        out(problem.out / problem.groups),
+        image_lanes(image_lanes),
+        unfit(unfit),
+        run_taps(run_taps),
+        runs(TapCount(problem) / run_taps) {
     height = TileRows(static_cast<int>(Most(1, Least(kPanel, lanes().whole()))));
     tiles_of_run = (rows() + height - 1) / height;
     tiles = tiles_of_run * (image_lanes ? 1 : runs);
@@ -186,7 +197,8 @@ struct WeightTask {
   int64_t part_size() const { return panels_of_block() * kTile; }
   int64_t scratch() const {
     const int64_t numbers = tiles_of_block() * tile_room() + kBlock * kPanel * kN;
-    return numbers * sizeof(T) + tiles_of_block() * sizeof(Strip<T>) + kBlock * (sizeof(WindowRow) + sizeof(Span) + sizeof(Stretch));
+    return numbers * sizeof(T) + tiles_of_block() * sizeof(Strip<T>) +
+           kBlock * (sizeof(WindowRow) + sizeof(Span) + sizeof(Stretch));
   }
 
   TapReach ReachOf(int64_t run) const {
@@ -299,8 +311,13 @@ struct WeightTask {
     }
     for (int64_t begin = windows.begin; begin < windows.end; begin += kBlock) {
       const int64_t count = Least(kBlock, windows.end - begin);
-      Some some = {count, source.data + group * in + begin * source.channels, image.data + group * out, {room.window_rows, 0},
-                   room.spans, {room.spans, 0}, -1};
+      Some some = {count,
+                   source.data + group * in + begin * source.channels,
+                   image.data + group * out,
+                   {room.window_rows, 0},
+                   room.spans,
+                   {room.spans, 0},
+                   -1};
       some.window_rows.number = ListWindowRows(problem, {begin, begin + count}, room.window_rows);
       if (Padded() && !Finite(some.source, count * source.channels)) {
         // Zeros of the padding times this would not be zeros.
@@ -349,18 +366,19 @@ struct WeightTask {
         next = Least(end, (k + 1) * out);
         R* to = of_group + (RunAt(i, q) * run_taps + k) * layout.tap + (column - k * out) * layout.out;
         if (image_lanes) {
-          CopyMatrix<T>(rows.end - rows.begin, next - column, sums + column - begin, pitch, 1, to + rows.begin * layout.in, layout.in,
-                       layout.out);
+          CopyMatrix<T>(rows.end - rows.begin, next - column, sums + column - begin, pitch, 1, to + rows.begin * layout.in,
+                        layout.in, layout.out);
         } else {
           CopyMatrix<T>(next - column, lanes.end - lanes.begin, sums + (column - begin) * pitch, pitch, 1,
-                       to + lanes.begin * layout.in, layout.out, layout.in);
+                        to + lanes.begin * layout.in, layout.out, layout.in);
         }
       }
     }
   }
 };
 
-// Few weights: their operands are read where they lie, as packing them would take as long as the products. [panel][row][lane]
+// Few weights: their operands are read where they lie, as packing them would take as long as the products.
+// [panel][row][lane]
 template <class T>
 struct DirectTask {
   using Sum = T;
@@ -374,8 +392,13 @@ struct DirectTask {
   Lanes<T> lanes;
 
   DirectTask(const ConvProblem& problem, const Array<const T>& image, const Array<const T>& source)
-      : problem(problem), layout(LayoutOf(problem)), image(image), source(source), out(problem.out / problem.groups),
-        rows(TapCount(problem) * out), lanes{problem.in / problem.groups} {}
+      : problem(problem),
+        layout(LayoutOf(problem)),
+        image(image),
+        source(source),
+        out(problem.out / problem.groups),
+        rows(TapCount(problem) * out),
+        lanes{problem.in / problem.groups} {}
 
   int64_t units() const { return problem.groups; }
   int64_t parts() const { return lanes.panels(); }
@@ -398,7 +421,8 @@ struct DirectTask {
     for (int64_t begin = windows.begin; begin < windows.end; begin += kBlock) {
       const Range block = {begin, Least(begin + kBlock, windows.end)};
       for (const WindowRow& window_row : List<WindowRow>{window_rows, ListWindowRows(problem, block, window_rows)}) {
-        const T* line = source.data + source.row(window_row.batch, window_row.plane, window_row.line) + window_row.begin * source.channels;
+        const T* line = source.data + source.row(window_row.batch, window_row.plane, window_row.line) +
+                        window_row.begin * source.channels;
         const List<Meeting> met = {meetings, ListMeetings(window_row, reached, meetings)};
         Add(window_row.count, image.data + group * out, line + group * lanes.count, met, sums);
       }
@@ -413,9 +437,11 @@ struct DirectTask {
       for (int64_t k1 = 0; k1 < axis[1].taps; ++k1, row += axis[2].taps * out) {
         const int64_t j = axis[1].stride * window_row.line - axis[1].low + axis[1].dilation * k1;
         if (i < 0 || i >= axis[0].size || j < 0 || j >= axis[1].size) continue;
-        int64_t first = image.row(window_row.batch, i, j) + (axis[2].stride * window_row.begin - axis[2].low) * image.channels;
+        int64_t first =
+            image.row(window_row.batch, i, j) + (axis[2].stride * window_row.begin - axis[2].low) * image.channels;
         for (int64_t k2 = 0; k2 < axis[2].taps; ++k2, first += axis[2].dilation * image.channels) {
-          const Range windows = {Most(0, reached[k2].begin - window_row.begin), Least(window_row.count, reached[k2].end - window_row.begin)};
+          const Range windows = {Most(0, reached[k2].begin - window_row.begin),
+                                 Least(window_row.count, reached[k2].end - window_row.begin)};
           if (windows.begin >= windows.end) continue;
           for (int64_t c = 0; c < out; ++c) meetings[number++] = {windows, first + c, row + k2 * out + c};
         }
@@ -441,8 +467,8 @@ struct DirectTask {
         const auto multiply = [&](const Meeting* from, int64_t n, int64_t begin, int64_t end) {
           if (begin >= end) return;
           const Stretch stretch = {begin * row_step, begin * lane_step, end - begin};
-          MultiplyBlock<false>(n, panel.vectors, {&stretch, 1}, tile + (from - first), row_step, line + panel.start, lane_step,
-                               sums + q * part_size());
+          MultiplyBlock<false>(n, panel.vectors, {&stretch, 1}, tile + (from - first), row_step, line + panel.start,
+                               lane_step, sums + q * part_size());
         };
         multiply(first, last - first, all.begin, all.end);
         // What is inside for some rows alone; neighbours that agree go together.
@@ -461,7 +487,8 @@ struct DirectTask {
     const Panel panel = lanes.panel(q);
     for (int64_t tap = 0; tap < TapCount(problem); ++tap, sums += out * kPitch) {
       CopyMatrix<T>(out, panel.vectors * kN, sums, kPitch, 1,
-                   result + layout.base + group * layout.group + tap * layout.tap + panel.start * layout.in, layout.out, layout.in);
+                    result + layout.base + group * layout.group + tap * layout.tap + panel.start * layout.in, layout.out,
+                    layout.in);
     }
   }
 };

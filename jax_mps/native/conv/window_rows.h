@@ -26,8 +26,12 @@ inline int64_t ListWindowRows(const ConvProblem& p, Range windows, WindowRow* wi
   for (int64_t w = windows.begin; w < windows.end; ++number) {
     const int64_t line = w / width, begin = w % width;
     const int64_t count = Least(width - begin, windows.end - w);
-    window_rows[number] = {line / p.axis[1].windows / p.axis[0].windows, line / p.axis[1].windows % p.axis[0].windows,
-                      line % p.axis[1].windows, begin, count, w - windows.begin};
+    window_rows[number] = {line / p.axis[1].windows / p.axis[0].windows,
+                           line / p.axis[1].windows % p.axis[0].windows,
+                           line % p.axis[1].windows,
+                           begin,
+                           count,
+                           w - windows.begin};
     w += count;
   }
   return number;
@@ -41,8 +45,8 @@ struct List {
   const Item* end() const { return first + number; }
 };
 
-// `count` windows of a block from number `at` on, whose pixels for a tap are in one row of the images: the first one's begins
-// with element `pixel`.
+// `count` windows of a block from number `at` on, whose pixels for a tap are in one row of the images: the first one's
+// begins with element `pixel`.
 struct Span {
   int64_t at, count, pixel, row;
 };
@@ -71,8 +75,10 @@ struct TapReach {
   template <class E>
   Span At(const ConvProblem& p, const Array<const E>& image, const WindowRow& window_row) const {
     const int64_t i = window_row.plane, j = window_row.line;
-    const int64_t begin = Most(window_row.begin, windows[2].begin), end = Least(window_row.begin + window_row.count, windows[2].end);
-    if (begin >= end || i < windows[0].begin || i >= windows[0].end || j < windows[1].begin || j >= windows[1].end) return {0, 0, 0, 0};
+    const int64_t begin = Most(window_row.begin, windows[2].begin),
+                  end = Least(window_row.begin + window_row.count, windows[2].end);
+    if (begin >= end || i < windows[0].begin || i >= windows[0].end || j < windows[1].begin || j >= windows[1].end)
+      return {0, 0, 0, 0};
     const int64_t plane = window_row.batch * image.size[0] + p.axis[0].stride * i + pixel[0];
     const int64_t row = plane * image.size[1] + p.axis[1].stride * j + pixel[1];
     const int64_t first = row * image.size[2] + p.axis[2].stride * begin + pixel[2];

@@ -2,8 +2,8 @@
 
 #include <string>
 
-#include "ffi/call.h"
 #include "conv/geometry.h"
+#include "ffi/call.h"
 
 namespace ffi = xla::ffi;
 
@@ -36,12 +36,14 @@ std::string Describe(const ConvAttrs& attrs, Integers windows, Integers image, I
   const int64_t rank = attrs.window_shape.size(), dimensions = windows.size(), start = attrs.start;
   if (rank < 1 || rank > 3) return "the windows must have 1 to 3 axes";
   for (Integers each : {attrs.strides, attrs.window_dilation, attrs.low}) {
-    if (static_cast<int64_t>(each.size()) != rank) return "window_shape, strides, window_dilation and low must have one entry an axis";
+    if (static_cast<int64_t>(each.size()) != rank)
+      return "window_shape, strides, window_dilation and low must have one entry an axis";
   }
   if (windows.size() != image.size()) return "source and image must have the same rank";
   if (static_cast<int64_t>(kernel.size()) != rank + 2) return "the kernel must have an entry an axis and two of channels";
   problem.channels_last = attrs.channel == start + rank;
-  if (!problem.channels_last && attrs.channel != start - 1) return "channel must be the axis before or after the spatial ones";
+  if (!problem.channels_last && attrs.channel != start - 1)
+    return "channel must be the axis before or after the spatial ones";
   const int64_t batch_axes = problem.channels_last ? start : start - 1;
   if (batch_axes < 0 || batch_axes + rank + 1 != dimensions) return "start does not leave room for the spatial axes";
   problem.batch = 1;
@@ -65,9 +67,10 @@ std::string Describe(const ConvAttrs& attrs, Integers windows, Integers image, I
     axis.stride = attrs.strides[a];
     axis.dilation = attrs.window_dilation[a];
     axis.low = attrs.low[a];
-    if (axis.taps < 1 || axis.stride < 1 || axis.dilation < 1) return "window_shape, strides and window_dilation must be at least 1";
-    if (axis.taps >= kLimit || axis.stride >= kLimit || axis.dilation >= kLimit || axis.low >= kLimit || axis.low <= -kLimit ||
-        axis.taps * axis.dilation >= kLimit) {
+    if (axis.taps < 1 || axis.stride < 1 || axis.dilation < 1)
+      return "window_shape, strides and window_dilation must be at least 1";
+    if (axis.taps >= kLimit || axis.stride >= kLimit || axis.dilation >= kLimit || axis.low >= kLimit ||
+        axis.low <= -kLimit || axis.taps * axis.dilation >= kLimit) {
       return "window_shape, strides, window_dilation and low must be below 2**31";
     }
   }
@@ -88,7 +91,8 @@ ffi::Error Run(ConvOp op, ffi::ThreadPool& pool, const ConvAttrs& attrs, const O
   if (second.element_type() != first.element_type()) error = "element types must be equal";
   const Type type = TypeOf(result->element_type());
   problem.wide = type != problem.type;
-  if (problem.wide && type != Accumulator(problem.type)) error = "the result must have the operands' type or their accumulator's";
+  if (problem.wide && type != Accumulator(problem.type))
+    error = "the result must have the operands' type or their accumulator's";
   if (error.empty()) error = Describe(attrs, windows, image, kernel, problem);
   if (!error.empty()) return ffi::Error::InvalidArgument("jax_mps: " + error);
   if (result->element_count() == 0) return ffi::Error::Success();

@@ -63,17 +63,29 @@ const InstructionSet& ThisInstructionSet() {
 
 Type TypeOf(ffi::DataType type) {
   switch (type) {
-    case ffi::F32: return Type::kF32;
-    case ffi::F64: return Type::kF64;
-    case ffi::F16: return Type::kF16;
-    case ffi::BF16: return Type::kBF16;
-    case ffi::S8: return Type::kS8;
-    case ffi::S16: return Type::kS16;
-    case ffi::S32: return Type::kS32;
-    case ffi::U8: case ffi::PRED: return Type::kU8;
-    case ffi::U16: return Type::kU16;
-    case ffi::U32: return Type::kU32;
-    default: return Type::kOther;
+    case ffi::F32:
+      return Type::kF32;
+    case ffi::F64:
+      return Type::kF64;
+    case ffi::F16:
+      return Type::kF16;
+    case ffi::BF16:
+      return Type::kBF16;
+    case ffi::S8:
+      return Type::kS8;
+    case ffi::S16:
+      return Type::kS16;
+    case ffi::S32:
+      return Type::kS32;
+    case ffi::U8:
+    case ffi::PRED:
+      return Type::kU8;
+    case ffi::U16:
+      return Type::kU16;
+    case ffi::U32:
+      return Type::kU32;
+    default:
+      return Type::kOther;
   }
 }
 

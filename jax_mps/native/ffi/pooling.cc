@@ -99,7 +99,8 @@ class Call {
   void SetWindows(Integers image, Integers pooled, const Attrs& attrs) {
     const int64_t rank = attrs.window_shape.size();
     for (Integers each : {attrs.strides, attrs.window_dilation, attrs.low}) {
-      Require(static_cast<int64_t>(each.size()) == rank, "window_shape, strides, window_dilation and low must have one entry an axis");
+      Require(static_cast<int64_t>(each.size()) == rank,
+              "window_shape, strides, window_dilation and low must have one entry an axis");
     }
     SetShapes(image, pooled, attrs.start, rank);
     if (!error_.empty()) return;
@@ -164,8 +165,8 @@ class Call {
   }
 
  private:
-  // Whether what is stored at once, a pixel of many channels or a row of few, are whole lines of the cache: to go past it with
-  // parts of them is far slower than not to.
+  // Whether what is stored at once, a pixel of many channels or a row of few, are whole lines of the cache: to go past it
+  // with parts of them is far slower than not to.
   bool StreamsWell() const {
     constexpr int64_t kLine = 64;
     const Geometry& geometry = problem_.geometry;

@@ -48,7 +48,9 @@ struct Average {
   void Finish(Int<N>, V sum, int64_t to) const {
     Store<N>(target + to, divisor != 0 ? sum / divisor : V{});
   }
-  Average At(int64_t counted) const { return {source, target, weighted, weighted ? static_cast<Wide>(counted) : divisor, stream}; }
+  Average At(int64_t counted) const {
+    return {source, target, weighted, weighted ? static_cast<Wide>(counted) : divisor, stream};
+  }
   Average Stage(const Plan& plan, const Piece& piece, Wide* row) const {
     ReduceRows(plan, piece, ToScratch<Average>(*this, row));
     return *this;
@@ -154,8 +156,8 @@ struct AverageGradient {
 
 template <template <class> class Op, class T>
 bool Averaging(const Problem& problem) {
-  const Op<T> op = {static_cast<const T*>(problem.operand[0]), static_cast<T*>(problem.result[0]),
-                    problem.geometry.weighted, static_cast<Acc<T>>(problem.geometry.divisor), problem.stream};
+  const Op<T> op = {static_cast<const T*>(problem.operand[0]), static_cast<T*>(problem.result[0]), problem.geometry.weighted,
+                    static_cast<Acc<T>>(problem.geometry.divisor), problem.stream};
   if constexpr (Op<T>::kBackward) {
     const Tiles tiles(problem.geometry);
     if (tiles.possible) return FillTiles(tiles, *problem.workers, op);

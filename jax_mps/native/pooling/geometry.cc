@@ -10,8 +10,8 @@ namespace {
 constexpr int64_t kScratchBytes = 128 << 10;  // of a row: a fraction of the level-2 cache
 constexpr int64_t kRowBytes = 64 << 10;       // of a piece that needs no scratch
 constexpr int64_t kBandBytes = 1 << 20;       // of the sums of a band
-constexpr int64_t kPieceElements = 8 << 10;     // of a piece of a row of tiles
-constexpr int64_t kShortRow = 1024;             // elements of a row for strips
+constexpr int64_t kPieceElements = 8 << 10;   // of a piece of a row of tiles
+constexpr int64_t kShortRow = 1024;           // elements of a row for strips
 constexpr int64_t kFewUnits = 64;             // so many pieces are enough for the threads to share
 constexpr int64_t kBlock = 2048;              // channels of a block, where there are more than twice as many
 
@@ -23,8 +23,7 @@ Range TapsInside(const Axis& axis, int64_t first, int64_t lower, int64_t upper) 
 }
 
 int64_t Divisor(const Axis& axis, int64_t window) {
-  const Range band =
-      TapsInside(axis, axis.stride * window - axis.low, -axis.band_low, axis.size + axis.band_high);
+  const Range band = TapsInside(axis, axis.stride * window - axis.low, -axis.band_low, axis.size + axis.band_high);
   return band.end - band.begin;
 }
 
@@ -32,8 +31,8 @@ bool SameTaps(const Reach& a, const Reach& b) {
   return a.count == b.count && a.tap == b.tap && a.divisor == b.divisor && a.band == b.band;
 }
 
-// Whether adding what the windows hold, one by one, takes less time than gathering it in vectors. The unit is what one window
-// of one channel takes. To gather, a vector of targets takes one unit for eight taps, and what comes before:
+// Whether adding what the windows hold, one by one, takes less time than gathering it in vectors. The unit is what one
+// window of one channel takes. To gather, a vector of targets takes one unit for eight taps, and what comes before:
 //   many channels   one unit for every pixel, or thirty for a row of adjacent pixels
 //   few channels    ten for every row, and half a unit a pixel where rows have to be put together from phases. Pairs of
 //                   single numbers are put together in vectors.
@@ -244,7 +243,8 @@ Plan::~Plan() { delete storage_; }
 
 Strips::Strips(const Geometry& geometry, int64_t lanes, int64_t source_bytes, int64_t sum_bytes)
     : outer(geometry.outer), inner(geometry.inner) {
-  worthwhile = inner < lanes && geometry.axis[1].size > 1 && geometry.axis[2].windows > 1 && geometry.axis[2].size * inner <= kShortRow;
+  worthwhile = inner < lanes && geometry.axis[1].size > 1 && geometry.axis[2].windows > 1 &&
+               geometry.axis[2].size * inner <= kShortRow;
   for (int a = 0; a < 3; ++a) {
     Axis axis = geometry.axis[a];
     windows[a] = axis.windows;
@@ -348,11 +348,12 @@ void MergeCoveredAxes(Geometry& geometry) {
   for (int times = 0; times < 2; ++times) {
     Axis& last = axis[2];
     Axis& before = axis[1];
-    const bool covered = last.windows == 1 && last.low == 0 && last.taps == last.size && (last.dilation == 1 || last.size == 1);
+    const bool covered =
+        last.windows == 1 && last.low == 0 && last.taps == last.size && (last.dilation == 1 || last.size == 1);
     if (!covered || (before.dilation != 1 && before.taps != 1 && last.size != 1)) break;
     const int64_t width = last.size;
     Axis merged = before;
-    for (int64_t Axis::*field : {&Axis::size, &Axis::taps, &Axis::stride, &Axis::low, &Axis::band_low, &Axis::band_high}) {
+    for (int64_t Axis::* field : {&Axis::size, &Axis::taps, &Axis::stride, &Axis::low, &Axis::band_low, &Axis::band_high}) {
       merged.*field *= width;
     }
     if (width != 1) merged.dilation = 1;

@@ -1,7 +1,7 @@
 // Windows as integers: which sources a target reads, and in which pieces a row of targets is worked through.
 //
-// Forward, the targets are windows and the sources are pixels; backward it is the other way round. `Plan` speaks of targets and
-// sources only: every kernel of pooling is the same gather, run in one of two directions. Backward there are other ways,
+// Forward, the targets are windows and the sources are pixels; backward it is the other way round. `Plan` speaks of targets
+// and sources only: every kernel of pooling is the same gather, run in one of two directions. Backward there are other ways,
 // where they take less time: `Strips`, `Bands` and `Tiles`.
 // Compiled once for the baseline instruction set; the kernels see plain data.
 #pragma once
@@ -58,30 +58,30 @@ struct Chunk {
 // How a kernel wants to walk.
 struct Wishes {
   bool backward;
-  bool separable;   // may reduce vertically first, into a row of scratch
-  int64_t lanes;    // vector width
-  int64_t width;    // bytes of a scratch element
+  bool separable;  // may reduce vertically first, into a row of scratch
+  int64_t lanes;   // vector width
+  int64_t width;   // bytes of a scratch element
 };
 
 struct Plan {
   int64_t outer, inner;
   Line line[3];
   const Reach* reach[2];  // of every target along the first two axes
-  bool staged;          // rows are reduced vertically first
-  bool phased;          // the strided side of a row passes through scratch, one phase after the other
-  bool folded;          // forward, single elements far apart: a window is reduced along its own taps
-  bool alone;           // backward: a target reads at most one source of a row
-  bool joined;          // consecutive targets of a run are adjacent on both sides
-  int64_t block;        // channels worked on together
+  bool staged;            // rows are reduced vertically first
+  bool phased;            // the strided side of a row passes through scratch, one phase after the other
+  bool folded;            // forward, single elements far apart: a window is reduced along its own taps
+  bool alone;             // backward: a target reads at most one source of a row
+  bool joined;            // consecutive targets of a run are adjacent on both sides
+  int64_t block;          // channels worked on together
   int64_t blocks;
-  int64_t pitch;        // elements between neighbouring source positions, as the runs see them
+  int64_t pitch;                           // elements between neighbouring source positions, as the runs see them
   int64_t source_advance, target_advance;  // positions between consecutive targets of a run
-  int64_t rows;         // scratch rows of a phased, unstaged walk
+  int64_t rows;                            // scratch rows of a phased, unstaged walk
   int64_t phase_length, span;              // scratch positions of a phase, of a row
   const int64_t* offset;                   // elements from the first tap
   const Chunk* chunks;
   int64_t chunk_count;
-  const int64_t* window_divisor[3];        // weighted backward only: taps inside the band, by window
+  const int64_t* window_divisor[3];  // weighted backward only: taps inside the band, by window
 
   Plan(const Geometry& geometry, const Wishes& wishes);
   ~Plan();
@@ -102,16 +102,16 @@ struct Plan {
   Storage* storage_;
 };
 
-// A second way to walk backward, for planes of short rows: their ends would be runs of their own, and every row a piece. Here a
-// piece is a strip of rows, and reads copies of the windows with some that hold nothing around them, so that all targets of a
-// phase read the same taps.
+// A second way to walk backward, for planes of short rows: their ends would be runs of their own, and every row a piece.
+// Here a piece is a strip of rows, and reads copies of the windows with some that hold nothing around them, so that all
+// targets of a phase read the same taps.
 struct Strips {
   int64_t outer, inner;
-  Line line[3];        // along the last two axes with the windows that hold nothing
-  int64_t windows[3];  // without them
-  int64_t before[3];   // those that hold nothing in front
-  int64_t rows;        // targets of a strip along axis 1: a multiple of the stride
-  int64_t count;       // strips of a plane
+  Line line[3];                  // along the last two axes with the windows that hold nothing
+  int64_t windows[3];            // without them
+  int64_t before[3];             // those that hold nothing in front
+  int64_t rows;                  // targets of a strip along axis 1: a multiple of the stride
+  int64_t count;                 // strips of a plane
   int64_t planes, height, taps;  // the most source planes that a strip reads, rows of each, and taps of a target in a row
   bool worthwhile;
 
@@ -124,9 +124,9 @@ struct Strips {
   int64_t sums() const { return line[2].axis.stride * (rows / line[1].axis.stride) * pitch(); }
 };
 
-// A third way to walk backward, for few windows a pixel and for windows of many taps: window by window, what one holds is added to
-// the pixel of its tap. A piece is a band of the outermost axis that has several pixels, so that it is adjacent memory. Windows
-// that reach into two bands are read for both.
+// A third way to walk backward, for few windows a pixel and for windows of many taps: window by window, what one holds is
+// added to the pixel of its tap. A piece is a band of the outermost axis that has several pixels, so that it is adjacent
+// memory. Windows that reach into two bands are read for both.
 struct Bands {
   struct Tap {
     int64_t element, pixel[3];  // from the first tap
@@ -150,8 +150,8 @@ struct Bands {
   int64_t size() const { return length * pitch; }
 };
 
-// A way for windows that do not overlap: a pixel belongs to one at most. A piece is some pixels of the rows from a row of windows
-// to the next.
+// A way for windows that do not overlap: a pixel belongs to one at most. A piece is some pixels of the rows from a row of
+// windows to the next.
 struct Tiles {
   int64_t outer, inner;
   Axis axis[3];
@@ -162,9 +162,9 @@ struct Tiles {
   explicit Tiles(const Geometry& geometry);
   int64_t units() const { return outer * axis[0].windows * axis[1].windows * count; }
   Range Pixels(int64_t piece) const;
-  Range Windows(Range pixels) const;           // that the pixels of a row belong to, or lie behind
-  Range Covered(int a, int64_t window) const;  // the pixels that a window reads
-  Range Period(int a, int64_t window) const;   // with those up to the next window
+  Range Windows(Range pixels) const;                       // that the pixels of a row belong to, or lie behind
+  Range Covered(int a, int64_t window) const;              // the pixels that a window reads
+  Range Period(int a, int64_t window) const;               // with those up to the next window
   int64_t Counted(int64_t i, int64_t j, int64_t k) const;  // taps of a window that its average counts
 };
 

@@ -25,11 +25,16 @@ struct Tag {
 template <class Body>
 bool WithFloat(Type type, const Body& body) {
   switch (type) {
-    case Type::kF32: return body(Tag<float>());
-    case Type::kF64: return body(Tag<double>());
-    case Type::kF16: return body(Tag<F16>());
-    case Type::kBF16: return body(Tag<BF16>());
-    default: __builtin_unreachable();
+    case Type::kF32:
+      return body(Tag<float>());
+    case Type::kF64:
+      return body(Tag<double>());
+    case Type::kF16:
+      return body(Tag<F16>());
+    case Type::kBF16:
+      return body(Tag<BF16>());
+    default:
+      __builtin_unreachable();
   }
 }
 
@@ -46,22 +51,36 @@ bool WithNorm(const Problem& problem, const Body& body) {
 template <class Body>
 bool WithOrder(Type type, const Body& body) {
   switch (type) {
-    case Type::kF32: return body(Tag<float>());
-    case Type::kF64: return body(Tag<double>());
-    case Type::kF16: case Type::kBF16: return body(Tag<Half>());
-    case Type::kS8: case Type::kU8: return body(Tag<int8_t>());
-    case Type::kS16: case Type::kU16: return body(Tag<int16_t>());
-    case Type::kS32: case Type::kU32: return body(Tag<int32_t>());
-    default: __builtin_unreachable();
+    case Type::kF32:
+      return body(Tag<float>());
+    case Type::kF64:
+      return body(Tag<double>());
+    case Type::kF16:
+    case Type::kBF16:
+      return body(Tag<Half>());
+    case Type::kS8:
+    case Type::kU8:
+      return body(Tag<int8_t>());
+    case Type::kS16:
+    case Type::kU16:
+      return body(Tag<int16_t>());
+    case Type::kS32:
+    case Type::kU32:
+      return body(Tag<int32_t>());
+    default:
+      __builtin_unreachable();
   }
 }
 
 template <class Body>
 bool WithTap(Type type, const Body& body) {
   switch (type) {
-    case Type::kS8: return body(Tag<int8_t>());
-    case Type::kS16: return body(Tag<int16_t>());
-    default: return body(Tag<int32_t>());
+    case Type::kS8:
+      return body(Tag<int8_t>());
+    case Type::kS16:
+      return body(Tag<int16_t>());
+    default:
+      return body(Tag<int32_t>());
   }
 }
 
@@ -69,19 +88,29 @@ bool WithTap(Type type, const Body& body) {
 template <class Body>
 bool WithSize(Type type, const Body& body) {
   switch (type) {
-    case Type::kF64: return body(Tag<uint64_t>());
-    case Type::kF32: case Type::kS32: case Type::kU32: return body(Tag<uint32_t>());
-    case Type::kS8: case Type::kU8: return body(Tag<uint8_t>());
-    default: return body(Tag<uint16_t>());
+    case Type::kF64:
+      return body(Tag<uint64_t>());
+    case Type::kF32:
+    case Type::kS32:
+    case Type::kU32:
+      return body(Tag<uint32_t>());
+    case Type::kS8:
+    case Type::kU8:
+      return body(Tag<uint8_t>());
+    default:
+      return body(Tag<uint16_t>());
   }
 }
 
 template <class Body>
 bool WithFloatSize(Type type, const Body& body) {
   switch (type) {
-    case Type::kF64: return body(Tag<uint64_t>());
-    case Type::kF32: return body(Tag<uint32_t>());
-    default: return body(Tag<uint16_t>());
+    case Type::kF64:
+      return body(Tag<uint64_t>());
+    case Type::kF32:
+      return body(Tag<uint32_t>());
+    default:
+      return body(Tag<uint16_t>());
   }
 }
 
@@ -100,16 +129,16 @@ bool Execute(const Problem& problem) {
       return WithFloatSize(type, [&](auto t) { return MaxPoolTake<typename decltype(t)::type>(problem); });
     case Op::kMaxPoolPut:
       return WithFloat(type, [&](auto t) {
-        return WithTap(problem.second, [&](auto i) {
-          return MaxPoolPut<typename decltype(t)::type, typename decltype(i)::type>(problem);
-        });
+        return WithTap(problem.second,
+                       [&](auto i) { return MaxPoolPut<typename decltype(t)::type, typename decltype(i)::type>(problem); });
       });
     case Op::kAvgPool:
       return WithFloat(type, [&](auto t) { return Averaging<Average, typename decltype(t)::type>(problem); });
     case Op::kAvgPoolGradient:
       return WithFloat(type, [&](auto t) { return Averaging<AverageGradient, typename decltype(t)::type>(problem); });
     case Op::kL2Pool:
-      return WithNorm(problem, [&](auto t, auto r) { return L2Pool<typename decltype(t)::type, typename decltype(r)::type>(problem); });
+      return WithNorm(
+          problem, [&](auto t, auto r) { return L2Pool<typename decltype(t)::type, typename decltype(r)::type>(problem); });
     case Op::kL2PoolTangent:
       return WithNorm(problem, [&](auto t, auto r) {
         return L2PoolTangent<typename decltype(t)::type, typename decltype(r)::type>(problem);

@@ -10,8 +10,18 @@
 namespace jax_mps {
 
 enum class Op {
-  kMaxPool, kMaxPoolTapIndex, kMaxPoolSelectedTapIndex, kMaxPoolTake, kMaxPoolPut, kAvgPool, kAvgPoolGradient,
-  kL2Pool, kL2PoolTangent, kL2PoolGradient, kMaxUnpool, kMaxUnpoolTake,
+  kMaxPool,
+  kMaxPoolTapIndex,
+  kMaxPoolSelectedTapIndex,
+  kMaxPoolTake,
+  kMaxPoolPut,
+  kAvgPool,
+  kAvgPoolGradient,
+  kL2Pool,
+  kL2PoolTangent,
+  kL2PoolGradient,
+  kMaxUnpool,
+  kMaxUnpoolTake,
 };
 
 // A checked call. kMaxPoolTapIndex writes the maxima to result[0], unless null, and the taps to result[1].
@@ -23,18 +33,26 @@ struct Problem {
   const void* operand[3];
   void* result[2];
   bool with_padding;  // kMaxPoolSelectedTapIndex: whether padding takes part
-  bool stream;  // whether the result is too large for the caches
+  bool stream;        // whether the result is too large for the caches
   const Workers* workers;
 };
 
 // Runs it; false if there was no memory for scratch.
 
 #if defined(__x86_64__) || defined(_M_X64)
-namespace x86_64_v2 { bool Execute(const Problem& problem); }
-namespace x86_64_v3 { bool Execute(const Problem& problem); }
-namespace x86_64_v4 { bool Execute(const Problem& problem); }
+namespace x86_64_v2 {
+bool Execute(const Problem& problem);
+}
+namespace x86_64_v3 {
+bool Execute(const Problem& problem);
+}
+namespace x86_64_v4 {
+bool Execute(const Problem& problem);
+}
 #else
-namespace baseline { bool Execute(const Problem& problem); }
+namespace baseline {
+bool Execute(const Problem& problem);
+}
 #endif
 
 }  // namespace jax_mps

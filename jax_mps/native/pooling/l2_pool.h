@@ -1,6 +1,6 @@
 // L2 pooling, its tangent and its gradient. Everything is summed in float64: there the square of a float32 neither overflows
-// nor vanishes. The norm of float16 is summed in float32, where its squares do not, and that of bfloat16 where that shows; so is
-// the gradient of either where its operands say so.
+// nor vanishes. The norm of float16 is summed in float32, where its squares do not, and that of bfloat16 where that shows;
+// so is the gradient of either where its operands say so.
 #pragma once
 
 #include <cstdint>

@@ -63,8 +63,8 @@ struct MaxValue {
 // ---- The tap of the maximum, and the maximum with it.
 
 template <class V>
-using SignedLane = std::make_signed_t<std::conditional_t<
-    sizeof(V) == 8, int64_t, std::conditional_t<sizeof(V) == 4, int32_t, int16_t>>>;
+using SignedLane =
+    std::make_signed_t<std::conditional_t<sizeof(V) == 8, int64_t, std::conditional_t<sizeof(V) == 4, int32_t, int16_t>>>;
 
 // `K` is the type the keys are compared in: Key<T>, or 32 bits wide where 16 could not count the taps.
 template <class T, class K>
@@ -120,9 +120,12 @@ struct MaxTap {
       }
     }
     switch (tap_type) {
-      case Type::kS8: return Store<N>(static_cast<int8_t*>(taps) + to, state.tap);
-      case Type::kS16: return Store<N>(static_cast<int16_t*>(taps) + to, state.tap);
-      default: return Store<N>(static_cast<int32_t*>(taps) + to, state.tap);
+      case Type::kS8:
+        return Store<N>(static_cast<int8_t*>(taps) + to, state.tap);
+      case Type::kS16:
+        return Store<N>(static_cast<int16_t*>(taps) + to, state.tap);
+      default:
+        return Store<N>(static_cast<int32_t*>(taps) + to, state.tap);
     }
   }
   const MaxTap& At(int64_t) const { return *this; }
@@ -153,9 +156,12 @@ struct TakeTap {
   template <int N>
   State<N> Begin(Int<N>, int64_t to, int64_t) const {
     switch (tap_type) {
-      case Type::kS8: return {Vec<Wide, N>{}, Load<Index, N>(static_cast<const int8_t*>(taps) + to)};
-      case Type::kS16: return {Vec<Wide, N>{}, Load<Index, N>(static_cast<const int16_t*>(taps) + to)};
-      default: return {Vec<Wide, N>{}, Load<Index, N>(static_cast<const int32_t*>(taps) + to)};
+      case Type::kS8:
+        return {Vec<Wide, N>{}, Load<Index, N>(static_cast<const int8_t*>(taps) + to)};
+      case Type::kS16:
+        return {Vec<Wide, N>{}, Load<Index, N>(static_cast<const int16_t*>(taps) + to)};
+      default:
+        return {Vec<Wide, N>{}, Load<Index, N>(static_cast<const int32_t*>(taps) + to)};
     }
   }
   template <int N>
@@ -173,14 +179,15 @@ struct TakeTap {
 
 template <class T>
 bool MaxPool(const Problem& problem) {
-  const MaxValue<T> op = {Order<T>(problem.type), static_cast<const T*>(problem.operand[0]), static_cast<T*>(problem.result[0])};
+  const MaxValue<T> op = {Order<T>(problem.type), static_cast<const T*>(problem.operand[0]),
+                          static_cast<T*>(problem.result[0])};
   return Walk(problem.geometry, *problem.workers, op);
 }
 
 template <class T, class K>
 bool MaxPoolTap(const Problem& problem) {
-  const MaxTap<T, K> op = {Order<T>(problem.type), static_cast<const T*>(problem.operand[0]), static_cast<T*>(problem.result[0]),
-                           problem.result[1], problem.second};
+  const MaxTap<T, K> op = {Order<T>(problem.type), static_cast<const T*>(problem.operand[0]),
+                           static_cast<T*>(problem.result[0]), problem.result[1], problem.second};
   return Walk(problem.geometry, *problem.workers, op);
 }
 

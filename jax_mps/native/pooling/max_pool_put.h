@@ -1,5 +1,5 @@
-// The gradient of maximum pooling: a pixel adds up the windows whose tap it is. Gathered like every other operation, or in one of the
-// two ways that `Bands` and `Strips` describe.
+// The gradient of maximum pooling: a pixel adds up the windows whose tap it is. Gathered like every other operation, or in
+// one of the two ways that `Bands` and `Strips` describe.
 #pragma once
 
 #include <cstdint>
@@ -85,7 +85,8 @@ inline void PutUnit(const Strips& strips, const PutTap<T, I>& op, int64_t unit, 
   T* const values = reinterpret_cast<T*>(row + width);
   I* const keys = reinterpret_cast<I*>(values + strips.copied());
   for (int64_t i = 0; i < strips.taps; ++i) offset[i] = i * line[2].source_step * inner;
-  // What a window that is not there holds does not count. But left as other work had it, it made all of this up to twice as slow.
+  // What a window that is not there holds does not count. But left as other work had it, it made all of this up to twice as
+  // slow.
   __builtin_memset(values, 0, planes.count * plane_pitch * sizeof(T));
   __builtin_memset(keys, -1, planes.count * plane_pitch * sizeof(I));
   for (int64_t a = 0; a < planes.count; ++a) {
@@ -140,11 +141,11 @@ inline void PutUnit(const Strips& strips, const PutTap<T, I>& op, int64_t unit, 
   }
 }
 
-// Adds what some windows of a row hold: window w to sums[position + w * step + its tap]. If not `whole`, taps may lie outside the
-// band, whose pixels are counted from the first tap of window 0.
+// Adds what some windows of a row hold: window w to sums[position + w * step + its tap]. If not `whole`, taps may lie
+// outside the band, whose pixels are counted from the first tap of window 0.
 template <bool whole, class T, class I>
-inline void AddWindows(const Bands& bands, Range windows, const T* source, const I* taps, const Range* band, int64_t position,
-                       int64_t step, int64_t pixel_step, Acc<T>* sums) {
+inline void AddWindows(const Bands& bands, Range windows, const T* source, const I* taps, const Range* band,
+                       int64_t position, int64_t step, int64_t pixel_step, Acc<T>* sums) {
   const int64_t inner = bands.inner;
   const uint64_t count = bands.tap_count;
   const Bands::Tap* const list = bands.taps;
@@ -211,7 +212,8 @@ inline void PutUnit(const Bands& bands, const PutTap<T, I>& op, int64_t unit, vo
 }
 
 template <class Way, class T, class I>
-bool PutUnits(const Problem& problem, const Way& way, const PutTap<T, I>& op, int64_t scratch_bytes, int64_t bytes_per_unit) {
+bool PutUnits(const Problem& problem, const Way& way, const PutTap<T, I>& op, int64_t scratch_bytes,
+              int64_t bytes_per_unit) {
   return ParallelFor(*problem.workers, way.units(), bytes_per_unit, [&](int64_t begin, int64_t end) {
     void* scratch = Scratch(scratch_bytes);
     if (scratch == nullptr && scratch_bytes > 0) return false;

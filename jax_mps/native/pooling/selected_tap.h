@@ -1,6 +1,6 @@
-// Which tap of every window stock JAX selects: a tap stays selected while it is >= the next one. So the first of equal maxima is
-// selected, and after a NaN the search begins anew. With padding, that takes part as -inf; where it is selected, the index is -1.
-// Without, the search begins at -inf before the window, and padding is left out.
+// Which tap of every window stock JAX selects: a tap stays selected while it is >= the next one. So the first of equal
+// maxima is selected, and after a NaN the search begins anew. With padding, that takes part as -inf; where it is selected,
+// the index is -1. Without, the search begins at -inf before the window, and padding is left out.
 #pragma once
 
 #include <cstdint>
@@ -30,7 +30,7 @@ struct SelectedTap {
   const T* source;
   void* taps;
   Type tap_type;
-  int64_t count;       // taps of a window
+  int64_t count;  // taps of a window
   bool with_padding;
 
   template <int N>
@@ -62,9 +62,12 @@ struct SelectedTap {
     State<N> last = state;
     if (with_padding && state.next != count) SelectPadding(last);
     switch (tap_type) {
-      case Type::kS8: return Store<N>(static_cast<int8_t*>(taps) + to, last.tap);
-      case Type::kS16: return Store<N>(static_cast<int16_t*>(taps) + to, last.tap);
-      default: return Store<N>(static_cast<int32_t*>(taps) + to, last.tap);
+      case Type::kS8:
+        return Store<N>(static_cast<int8_t*>(taps) + to, last.tap);
+      case Type::kS16:
+        return Store<N>(static_cast<int16_t*>(taps) + to, last.tap);
+      default:
+        return Store<N>(static_cast<int32_t*>(taps) + to, last.tap);
     }
   }
   const SelectedTap& At(int64_t) const { return *this; }

@@ -80,7 +80,8 @@ inline void FillTile(const Tiles& tiles, int64_t unit, const Op& op, typename Op
     Sweep<Op::kLanes>(count, [&](auto lanes, auto vectors, int64_t n) __attribute__((always_inline)) {
       constexpr int kN = decltype(lanes)::value;
       n += first;
-      for (int v = 0; v < decltype(vectors)::value; ++v, n += kN) StoreRaw<kN>(held + n, op.Share(lanes, source + n, divisor));
+      for (int v = 0; v < decltype(vectors)::value; ++v, n += kN)
+        StoreRaw<kN>(held + n, op.Share(lanes, source + n, divisor));
     });
   };
   if (op.Weighted()) {
@@ -98,7 +99,8 @@ inline void FillTile(const Tiles& tiles, int64_t unit, const Op& op, typename Op
   const auto repeat = [&](Wide value, int64_t target, int64_t count) {
     Sweep<kVector<Op>>(count, [&](auto lanes, auto vectors, int64_t n) __attribute__((always_inline)) {
       constexpr int kN = decltype(lanes)::value;
-      for (int v = 0; v < decltype(vectors)::value; ++v, n += kN) shared.Finish(lanes, Broadcast<Wide, kN>(value), target + n);
+      for (int v = 0; v < decltype(vectors)::value; ++v, n += kN)
+        shared.Finish(lanes, Broadcast<Wide, kN>(value), target + n);
     });
   };
   const auto fill_line = [&](int64_t first) {
@@ -113,8 +115,10 @@ inline void FillTile(const Tiles& tiles, int64_t unit, const Op& op, typename Op
       } else {
         for (int64_t p = pixel; p < to; ++p) {
           const int64_t target = (first + p) * inner;
-          if (copies && p > pixel) copy(target, target - inner, inner);
-          else FinishSums(shared, value, target, inner);
+          if (copies && p > pixel)
+            copy(target, target - inner, inner);
+          else
+            FinishSums(shared, value, target, inner);
         }
       }
       pixel = to;
@@ -150,9 +154,9 @@ inline void FillTile(const Tiles& tiles, int64_t unit, const Op& op, typename Op
   }
 }
 
-// What every window holds, at its pixels. Of the operation, Share(lanes, source, divisor) is what a pixel gets from a window,
-// Weighted() whether divisors differ, Shared() the operation that finishes it, and kAlike whether all pixels of a window are
-// the same then.
+// What every window holds, at its pixels. Of the operation, Share(lanes, source, divisor) is what a pixel gets from a
+// window, Weighted() whether divisors differ, Shared() the operation that finishes it, and kAlike whether all pixels of a
+// window are the same then.
 template <class Op>
 bool FillTiles(const Tiles& tiles, const Workers& workers, const Op& op) {
   using Wide = typename Op::Wide;

@@ -1,5 +1,5 @@
-// Maximum unpooling by flat positions of a plane, and its transpose. The last of equal positions wins, so a plane is the work
-// of one thread; where there are many channels, of one thread a block of them.
+// Maximum unpooling by flat positions of a plane, and its transpose. The last of equal positions wins, so a plane is the
+// work of one thread; where there are many channels, of one thread a block of them.
 #pragma once
 
 #include <cstdint>

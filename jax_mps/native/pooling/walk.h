@@ -73,7 +73,8 @@ constexpr int kVector = kVectorBytes / sizeof(typename Op::Wide);
 template <class Op>
 constexpr int kFewer = Op::kLanes > kVector<Op> || Op::kLanes != 16 ? Op::kLanes / 2 : 4;
 
-// Whether states of an operation may be wrong: it has to be asked if they are Right(), and replaced by Careful() where they are not.
+// Whether states of an operation may be wrong: it has to be asked if they are Right(), and replaced by Careful() where they
+// are not.
 template <class Op>
 constexpr bool kGuarded = false;
 
@@ -96,20 +97,21 @@ inline void Gather(const Op op, const TapList& taps, int64_t source, int64_t tar
   }
   if (taps.listed) {
     const TapList::Entry* const end = taps.list + taps.count;
-    return Sweep<Op::kLanes, Op::kVectors, kFewer<Op>>(n, [&](auto lanes, auto vectors, int64_t i) __attribute__((always_inline)) {
-      constexpr int kN = decltype(lanes)::value;
-      constexpr int kVectors = decltype(vectors)::value;
-      typename Op::template State<kN> state[kVectors];
-      for (int v = 0; v < kVectors; ++v) state[v] = op.Begin(lanes, target + i + v * kN, reads.tap);
-      for (const TapList::Entry* tap = taps.list; tap != end; ++tap) {
-        const int64_t from = source + i + tap->source;
-        for (int v = 0; v < kVectors; ++v) op.Tap(lanes, state[v], from + v * kN, tap->tap);
-      }
-      if constexpr (kGuarded<Op>) {
-        if (!op.Right(vectors, state)) return Gather(op.Careful(), taps, source + i, target + i, kVectors * kN);
-      }
-      for (int v = 0; v < kVectors; ++v) op.Finish(lanes, state[v], target + i + v * kN);
-    });
+    return Sweep<Op::kLanes, Op::kVectors, kFewer<Op>>(
+        n, [&](auto lanes, auto vectors, int64_t i) __attribute__((always_inline)) {
+          constexpr int kN = decltype(lanes)::value;
+          constexpr int kVectors = decltype(vectors)::value;
+          typename Op::template State<kN> state[kVectors];
+          for (int v = 0; v < kVectors; ++v) state[v] = op.Begin(lanes, target + i + v * kN, reads.tap);
+          for (const TapList::Entry* tap = taps.list; tap != end; ++tap) {
+            const int64_t from = source + i + tap->source;
+            for (int v = 0; v < kVectors; ++v) op.Tap(lanes, state[v], from + v * kN, tap->tap);
+          }
+          if constexpr (kGuarded<Op>) {
+            if (!op.Right(vectors, state)) return Gather(op.Careful(), taps, source + i, target + i, kVectors * kN);
+          }
+          for (int v = 0; v < kVectors; ++v) op.Finish(lanes, state[v], target + i + v * kN);
+        });
   }
   Sweep<Op::kLanes, Op::kVectors, kFewer<Op>>(n, [&](auto lanes, auto vectors, int64_t i) __attribute__((always_inline)) {
     constexpr int kN = decltype(lanes)::value;
@@ -175,7 +177,8 @@ struct FromScratch : Op {
 // Between a row and its phases, `length` positions apart: phase p holds the positions p, p + stride, ...
 // The row's first position is `first`. `to_phases` is a constant.
 template <bool to_phases, class Row, class Phases>
-inline void MovePhases(Row* row, Phases* phases, int64_t first, int64_t count, int64_t stride, int64_t length, int64_t pitch) {
+inline void MovePhases(Row* row, Phases* phases, int64_t first, int64_t count, int64_t stride, int64_t length,
+                       int64_t pitch) {
   const auto move = [](auto& in_row, auto& in_phase) {
     if constexpr (to_phases) {
       in_phase = in_row;
@@ -338,7 +341,7 @@ inline void Columns(const Plan& plan, const Piece& piece, const Op& op, const Re
       typename Op::Wide* row = scratch + PhaseElements(plan);
       Runs(plan, piece, ToScratch<Op>(op, scratch), rows, source, 0, plan.block);
       MovePhases<false>(row, scratch, 0, piece.chunk->end - piece.chunk->begin, plan.line[2].axis.stride, plan.phase_length,
-                       plan.block);
+                        plan.block);
       const Chunk& chunk = *piece.chunk;
       return FinishSums(op, row, piece.target + chunk.begin * plan.inner, (chunk.end - chunk.begin) * plan.inner);
     }
@@ -359,8 +362,8 @@ inline void ReduceRows(const Plan& plan, const Piece& piece, const Op& to) {
   }
 }
 
-// Whether all that a piece reads is ordinary. `sources` are those of an image: of a small one all are looked at, once, whichever
-// piece asks first, as `image` remembers.
+// Whether all that a piece reads is ordinary. `sources` are those of an image: of a small one all are looked at, once,
+// whichever piece asks first, as `image` remembers.
 struct Looked {
   int64_t image = -1;
   bool ordinary;
@@ -430,7 +433,7 @@ JAX_MPS_INLINE void WalkPiece(const Plan& plan, const Piece& piece, const Op& op
         for (int64_t b = 0; b < rows.rows[1]; ++b) {
           const Element* row = op.source + piece.source + a * rows.row_step[0] + b * rows.row_step[1];
           MovePhases<true>(row + chunk.source_begin * plan.inner, phases + a * kept.row_step[0] + b * size, first, count,
-                          axis.stride, plan.phase_length, plan.block);
+                           axis.stride, plan.phase_length, plan.block);
         }
       }
       return Columns(plan, piece, op.From(phases), kept, 0, scratch);

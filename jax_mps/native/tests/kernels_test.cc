@@ -1,9 +1,12 @@
-// The kernels against plain loops, both families, every element type and layout, over small random shapes; and the sharing of
-// work. No framework, no XLA, no Python, so it also runs with sanitizers and, compiled for another processor, in an emulator.
+// The kernels against plain loops, both families, every element type and layout, over small random shapes; and the sharing
+// of work. No framework, no XLA, no Python, so it also runs with sanitizers and, compiled for another processor, in an
+// emulator.
 //
 //   kernels_test_<instruction set> [problems of each kind, 100 if left out]
 //
 // Exit status 0, 1 where something differs, 77 where this processor lacks the instruction set.
+
+#include "pooling/kernels.h"
 
 #include <algorithm>
 #include <cmath>
@@ -19,7 +22,6 @@
 #include <vector>
 
 #include "conv/geometry.h"
-#include "pooling/kernels.h"
 #include "threads.h"
 
 namespace jax_mps {
@@ -61,17 +63,28 @@ struct Format {
 
 Format FormatOf(Type type) {
   switch (type) {
-    case Type::kF32: return {"f32", 4, 0x1p-24, 0, 0};
-    case Type::kF64: return {"f64", 8, 0x1p-53, 0, 0};
-    case Type::kF16: return {"f16", 2, 0x1p-11, 0, 0};
-    case Type::kBF16: return {"bf16", 2, 0x1p-8, 0, 0};
-    case Type::kS8: return {"s8", 1, 0, -128, 127};
-    case Type::kS16: return {"s16", 2, 0, -32768, 32767};
-    case Type::kS32: return {"s32", 4, 0, -2147483648.0, 2147483647};
-    case Type::kU8: return {"u8", 1, 0, 0, 255};
-    case Type::kU16: return {"u16", 2, 0, 0, 65535};
-    case Type::kU32: return {"u32", 4, 0, 0, 4294967295.0};
-    default: std::abort();
+    case Type::kF32:
+      return {"f32", 4, 0x1p-24, 0, 0};
+    case Type::kF64:
+      return {"f64", 8, 0x1p-53, 0, 0};
+    case Type::kF16:
+      return {"f16", 2, 0x1p-11, 0, 0};
+    case Type::kBF16:
+      return {"bf16", 2, 0x1p-8, 0, 0};
+    case Type::kS8:
+      return {"s8", 1, 0, -128, 127};
+    case Type::kS16:
+      return {"s16", 2, 0, -32768, 32767};
+    case Type::kS32:
+      return {"s32", 4, 0, -2147483648.0, 2147483647};
+    case Type::kU8:
+      return {"u8", 1, 0, 0, 255};
+    case Type::kU16:
+      return {"u16", 2, 0, 0, 65535};
+    case Type::kU32:
+      return {"u32", 4, 0, 0, 4294967295.0};
+    default:
+      std::abort();
   }
 }
 
@@ -122,16 +135,35 @@ Bytes Encode(Type type, const Numbers& numbers) {
   for (size_t i = 0; i < numbers.size(); ++i) {
     unsigned char* to = bytes.data() + i * size;
     switch (type) {
-      case Type::kF32: Put<float>(numbers[i], to); break;
-      case Type::kF64: Put<double>(numbers[i], to); break;
-      case Type::kF16: Put<uint16_t>(EncodeHalf(numbers[i], 10, -14), to); break;
-      case Type::kBF16: Put<uint16_t>(EncodeHalf(numbers[i], 7, -126), to); break;
-      case Type::kS8: Put<int8_t>(numbers[i], to); break;
-      case Type::kS16: Put<int16_t>(numbers[i], to); break;
-      case Type::kS32: Put<int32_t>(numbers[i], to); break;
-      case Type::kU8: Put<uint8_t>(numbers[i], to); break;
-      case Type::kU16: Put<uint16_t>(numbers[i], to); break;
-      default: Put<uint32_t>(numbers[i], to);
+      case Type::kF32:
+        Put<float>(numbers[i], to);
+        break;
+      case Type::kF64:
+        Put<double>(numbers[i], to);
+        break;
+      case Type::kF16:
+        Put<uint16_t>(EncodeHalf(numbers[i], 10, -14), to);
+        break;
+      case Type::kBF16:
+        Put<uint16_t>(EncodeHalf(numbers[i], 7, -126), to);
+        break;
+      case Type::kS8:
+        Put<int8_t>(numbers[i], to);
+        break;
+      case Type::kS16:
+        Put<int16_t>(numbers[i], to);
+        break;
+      case Type::kS32:
+        Put<int32_t>(numbers[i], to);
+        break;
+      case Type::kU8:
+        Put<uint8_t>(numbers[i], to);
+        break;
+      case Type::kU16:
+        Put<uint16_t>(numbers[i], to);
+        break;
+      default:
+        Put<uint32_t>(numbers[i], to);
     }
   }
   return bytes;
@@ -143,16 +175,35 @@ Numbers Decode(Type type, const Bytes& bytes) {
   for (size_t i = 0; i < numbers.size(); ++i) {
     const unsigned char* from = bytes.data() + i * size;
     switch (type) {
-      case Type::kF32: numbers[i] = Get<float>(from); break;
-      case Type::kF64: numbers[i] = Get<double>(from); break;
-      case Type::kF16: numbers[i] = DecodeHalf(static_cast<uint16_t>(Get<uint16_t>(from)), 10, -14); break;
-      case Type::kBF16: numbers[i] = DecodeHalf(static_cast<uint16_t>(Get<uint16_t>(from)), 7, -126); break;
-      case Type::kS8: numbers[i] = Get<int8_t>(from); break;
-      case Type::kS16: numbers[i] = Get<int16_t>(from); break;
-      case Type::kS32: numbers[i] = Get<int32_t>(from); break;
-      case Type::kU8: numbers[i] = Get<uint8_t>(from); break;
-      case Type::kU16: numbers[i] = Get<uint16_t>(from); break;
-      default: numbers[i] = Get<uint32_t>(from);
+      case Type::kF32:
+        numbers[i] = Get<float>(from);
+        break;
+      case Type::kF64:
+        numbers[i] = Get<double>(from);
+        break;
+      case Type::kF16:
+        numbers[i] = DecodeHalf(static_cast<uint16_t>(Get<uint16_t>(from)), 10, -14);
+        break;
+      case Type::kBF16:
+        numbers[i] = DecodeHalf(static_cast<uint16_t>(Get<uint16_t>(from)), 7, -126);
+        break;
+      case Type::kS8:
+        numbers[i] = Get<int8_t>(from);
+        break;
+      case Type::kS16:
+        numbers[i] = Get<int16_t>(from);
+        break;
+      case Type::kS32:
+        numbers[i] = Get<int32_t>(from);
+        break;
+      case Type::kU8:
+        numbers[i] = Get<uint8_t>(from);
+        break;
+      case Type::kU16:
+        numbers[i] = Get<uint16_t>(from);
+        break;
+      default:
+        numbers[i] = Get<uint32_t>(from);
     }
   }
   return numbers;
@@ -212,7 +263,8 @@ void Equal(const std::string& what, const std::string& problem, const Numbers& f
 }
 
 // Summed in the type's accumulator and rounded to `stored` once.
-void Close(const std::string& what, const std::string& problem, Type stored, Type type, const Numbers& found, const Sums& wanted) {
+void Close(const std::string& what, const std::string& problem, Type stored, Type type, const Numbers& found,
+           const Sums& wanted) {
   const double sums = FormatOf(Accumulator(type)).epsilon, store = FormatOf(stored).epsilon;
   for (size_t i = 0; i < wanted.size(); ++i) {
     const double value = wanted[i].value, room = 64 * sums * wanted[i].magnitude + 1.001 * store * std::fabs(value);
@@ -361,9 +413,9 @@ std::string Describe(const char* op, Type type, const Geometry& g) {
   int length = std::snprintf(text, sizeof text, "%s %s outer %d inner %d", op, FormatOf(type).name,
                              static_cast<int>(g.outer), static_cast<int>(g.inner));
   for (const Axis& axis : g.axis) {
-    length += std::snprintf(text + length, sizeof text - length, " (%d -> %d k%d s%d d%d low%d)", static_cast<int>(axis.size),
-                            static_cast<int>(axis.windows), static_cast<int>(axis.taps), static_cast<int>(axis.stride),
-                            static_cast<int>(axis.dilation), static_cast<int>(axis.low));
+    length += std::snprintf(text + length, sizeof text - length, " (%d -> %d k%d s%d d%d low%d)",
+                            static_cast<int>(axis.size), static_cast<int>(axis.windows), static_cast<int>(axis.taps),
+                            static_cast<int>(axis.stride), static_cast<int>(axis.dilation), static_cast<int>(axis.low));
   }
   return text;
 }
@@ -493,7 +545,8 @@ void TestL2Pool(Type type) {
   const Numbers t = RandomFloats(ImageSize(g));
   Numbers gradient = RandomFloats(PooledSize(g));
   if (random_number.OneIn(3)) x.assign(x.size(), 0.0);
-  if (type != Type::kF16 && random_number.OneIn(2)) {  // norms and some gradients large or small, so that quotients are more so
+  if (type != Type::kF16 &&
+      random_number.OneIn(2)) {  // norms and some gradients large or small, so that quotients are more so
     const int norms = random_number(-100, 100), gradients = norms > 0 ? -random_number(20, 110) : random_number(20, 110);
     for (double& number : x) number = std::ldexp(number, norms);
     for (double& number : gradient) number = random_number.OneIn(4) ? std::ldexp(number, gradients) : number;
@@ -577,7 +630,8 @@ struct Arrays {
   int64_t image(int64_t b, int64_t pixel, int64_t channel) const {
     return p.channels_last ? (b * pixels() + pixel) * p.out + channel : (b * p.out + channel) * pixels() + pixel;
   }
-  // i and o count inside group g. `transpose_kernel` kernels belong to the ordinary convolution; the others are turned by half a turn.
+  // i and o count inside group g. `transpose_kernel` kernels belong to the ordinary convolution; the others are turned by
+  // half a turn.
   int64_t kernel(int64_t tap, int64_t g, int64_t i, int64_t o) const {
     const int64_t in = p.in / p.groups, out = p.out / p.groups;
     return p.transpose_kernel ? (tap * out + o) * p.in + g * in + i : ((taps() - 1 - tap) * in + i) * p.out + g * out + o;
@@ -663,12 +717,13 @@ ConvProblem RandomConvolution(Type type) {
 std::string Describe(const char* op, const ConvProblem& p) {
   char text[400];
   int length = std::snprintf(text, sizeof text, "%s %s%s batch %d in %d out %d groups %d%s%s", op, FormatOf(p.type).name,
-                             p.wide ? " wide" : "", static_cast<int>(p.batch), static_cast<int>(p.in), static_cast<int>(p.out),
-                             static_cast<int>(p.groups), p.channels_last ? " channels last" : "", p.transpose_kernel ? " transpose_kernel" : "");
+                             p.wide ? " wide" : "", static_cast<int>(p.batch), static_cast<int>(p.in),
+                             static_cast<int>(p.out), static_cast<int>(p.groups), p.channels_last ? " channels last" : "",
+                             p.transpose_kernel ? " transpose_kernel" : "");
   for (const Axis& axis : p.axis) {
-    length += std::snprintf(text + length, sizeof text - length, " (%d -> %d k%d s%d d%d low%d)", static_cast<int>(axis.windows),
-                            static_cast<int>(axis.size), static_cast<int>(axis.taps), static_cast<int>(axis.stride),
-                            static_cast<int>(axis.dilation), static_cast<int>(axis.low));
+    length += std::snprintf(text + length, sizeof text - length, " (%d -> %d k%d s%d d%d low%d)",
+                            static_cast<int>(axis.windows), static_cast<int>(axis.size), static_cast<int>(axis.taps),
+                            static_cast<int>(axis.stride), static_cast<int>(axis.dilation), static_cast<int>(axis.low));
   }
   return text;
 }
@@ -740,8 +795,8 @@ int main(int count, char** arguments) {
       TestConvTranspose(type);
     }
   }
-  for (Type type : {Type::kF32, Type::kF64, Type::kF16, Type::kBF16, Type::kS8, Type::kS16, Type::kS32, Type::kU8, Type::kU16,
-                    Type::kU32}) {
+  for (Type type : {Type::kF32, Type::kF64, Type::kF16, Type::kBF16, Type::kS8, Type::kS16, Type::kS32, Type::kU8,
+                    Type::kU16, Type::kU32}) {
     for (int i = 0; i < each; ++i) {
       TestMaxPool(type);
       TestMaxUnpool(type);
