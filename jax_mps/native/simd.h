@@ -113,9 +113,9 @@ inline Vec<T, N> Broadcast(T value) {
 // Integers of another width, where the compiler has one instruction but builds it from many: `Resize` returns false where
 // there is none.
 template <class To, class From, int N>
-inline bool Resize(Vec<From, N> v, Vec<To, N>& to) {
-  constexpr int kFrom = sizeof(From), kTo = sizeof(To);
-  constexpr bool kSigned = std::is_signed_v<From>;
+inline bool Resize([[maybe_unused]] Vec<From, N> v, [[maybe_unused]] Vec<To, N>& to) {
+  [[maybe_unused]] constexpr int kFrom = sizeof(From), kTo = sizeof(To);
+  [[maybe_unused]] constexpr bool kSigned = std::is_signed_v<From>;
 #if defined(__AVX512BW__) && defined(__AVX512VL__)
   if constexpr (N == 16 && kTo == 4) {
     if constexpr (kFrom == 1) {

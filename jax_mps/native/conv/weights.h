@@ -83,8 +83,8 @@ bool StageAll(const ConvProblem& problem, const Array<const E>& from, int64_t pi
   });
 }
 
-// The side whose columns leave the fewest lanes of vectors empty gets the lanes; else the other one does that has more to
-// pack, as rows are packed, those of the source once and those of the image once a tap.
+// The side that leaves fewer lanes of its vectors empty gets the lanes, and the other side is packed as rows. Where both are
+// alike, the rows are the side that is sooner packed: the source once, or the image once a tap.
 template <class T>
 inline bool ImageFillsLanes(int64_t in, int64_t columns, int64_t taps, int64_t out) {
   constexpr int64_t kN = kLanes<T>;
