@@ -19,7 +19,9 @@ from jax_mps.cli.bench.torch_peer import Peer
 
 __all__ = ["Models", "model_case"]
 
-_TOLERANCE = 1e-3
+# Where a `relu` or a maximum almost ties, rounding moves the gradient of a pixel elsewhere: 8 images of a
+# ResNet-18 met 4e-3 of the greatest gradient, 2 images 7e-6.
+_TOLERANCES = {"inference": (1e-3,), "train_step": (1e-3, 1e-2)}
 _TORCH_RATE = 0.0  # PyTorch changes its weights in place, and every call is to compute the same
 
 
@@ -59,7 +61,7 @@ def model_case(name: str, model: Model, op: str, contenders: Sequence[str]) -> C
         dtype="float32",
         layout="channels_last",
         bytes_moved=0,
-        tolerances=(_TOLERANCE,) * (2 if op == "train_step" else 1),
+        tolerances=_TOLERANCES[op],
         contenders={who: functools.partial(_contender, who, model, op) for who in contenders},
     )
 
