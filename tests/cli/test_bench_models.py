@@ -21,7 +21,7 @@ from jax_mps.cli.bench.models.flax_layers import Network, variables
 
 # What is smaller than in the catalogue: arguments, and inputs.
 TINY = {
-    "resnet18": ({"depths": (1, 2), "width": 8, "classes": 5}, (2, 32, 32, 3)),
+    "resnet18": ({"depths": (1, 1), "width": 8, "classes": 5}, (2, 32, 32, 3)),
     "resnet50": ({"depths": (1, 2), "width": 4, "classes": 5}, (2, 32, 32, 3)),
     "mobilenet_v2": (
         {"stages": ((1, 8, 1, 1), (6, 8, 2, 2)), "head": 16, "classes": 5}, (2, 32, 32, 3)
