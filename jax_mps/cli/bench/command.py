@@ -26,6 +26,7 @@ import numpy as np
 from jax_mps.cli import info
 from jax_mps.cli.bench import report, runner
 from jax_mps.cli.bench.conv_transpose import ConvTranspose
+from jax_mps.cli.bench.models.family import Models
 from jax_mps.cli.bench.networks import Networks
 from jax_mps.cli.bench.pooling import Pooling
 from jax_mps.cli.extras import missing
@@ -45,7 +46,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's options."""
     shapes = list(dict.fromkeys(name for family in _FAMILIES for name in family.shapes))
-    ops = list(dict.fromkeys(name for family in _FAMILIES for name in family.ops))
+    ops = list(dict.fromkeys(name for family in (*_FAMILIES, Models()) for name in family.ops))
 
     def add(option: str, choices: Sequence[str], default: Sequence[str], text: str, nargs: str = "+") -> None:
         otherwise = "all" if default == choices else " ".join(default)
@@ -60,6 +61,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     add("--shapes", shapes, shapes, "named shapes")
     add("--ops", ops, ops, "operations")
+    parser.add_argument(
+        "--models",
+        nargs="*",
+        choices=Models.shapes,
+        metavar="NAME",
+        help="instead of shapes, whole Flax networks: stock, under accelerate(), and in PyTorch: "
+        f"{', '.join(Models.shapes)} (default: all)",
+    )
+    parser.add_argument(
+        "--batch-scale", type=float, default=1.0, metavar="X", help="that many times the images of --models"
+    )
     add("--dtypes", _DTYPES, ["float32"], "types")
     add("--layouts", _LAYOUTS, ["channels_last"], "layouts of our operands")
     add("--peers", _PEERS, _PEERS, "other libraries, or nothing for none", nargs="*")
@@ -89,7 +101,7 @@ def run(options: argparse.Namespace) -> int:
     if options.markdown:
         print(report.markdown(report.Report.load(options.markdown)))
         return 0
-    if missing("bench", "rich"):
+    if missing("bench", "rich", *["flax"] * (options.models is not None)):
         return 2
     device = jax.devices()[0]
     on_cpu = device.platform == "cpu"
@@ -98,6 +110,9 @@ def run(options: argparse.Namespace) -> int:
     if "native" in implementations and not native:
         reason = library.status().reason if on_cpu else f"the device is {device.device_kind}"
         print(f"jax_mps: the native kernels cannot be timed: {reason}", file=sys.stderr)
+        return 2
+    if options.models is not None and (options.dtypes, options.layouts) != (["float32"], ["channels_last"]):
+        print("jax_mps: the networks are float32, channels last", file=sys.stderr)
         return 2
     if options.keep_pages and not _keep_pages():
         print("jax_mps: --keep-pages needs glibc, which is not this system's C library", file=sys.stderr)
@@ -131,11 +146,16 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _cases(options: argparse.Namespace, contenders: Sequence[str]) -> Iterator[runner.Case]:
-    for family in _FAMILIES:
+    families: Sequence[runner.Family] = _FAMILIES
+    shapes = options.shapes
+    if options.models is not None:
+        families = (Models(options.batch_scale),)
+        shapes = options.models or Models.shapes
+    for family in families:
         selected = itertools.product(
             options.dtypes,
             options.layouts,
-            [name for name in options.shapes if name in family.shapes],
+            [name for name in shapes if name in family.shapes],
             [name for name in options.ops if name in family.ops],
         )
         for dtype, layout, shape, op in selected:

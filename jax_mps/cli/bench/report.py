@@ -71,21 +71,19 @@ def print_table(report: Report) -> None:
     # A file or a pipe is as wide as it has to be.
     console = Console(width=None if sys.stdout.isatty() else 120)
     ours, *peers = report.contenders
-    for (dtype, layout), results in _grouped(report.results):
+    for (dtype, layout, _), results in _grouped(report.results):
         table = Table(title=f"{dtype}, {layout}: milliseconds, and how many times ours", title_justify="left")
         table.add_column("shape", no_wrap=True)
         table.add_column("operation", no_wrap=True)
-        for name in report.contenders:
-            table.add_column(_TITLES[name], justify="right")
-        table.add_column("rate", justify="right")
-        table.add_column("of limit", justify="right")
+        for title in _titles(report, results):
+            table.add_column(title, justify="right")
         for result in results:
             table.add_row(*_row(result, ours, peers, report.copy_gbs))
         console.print(table)
     means = Table(title="geometric mean of their time over ours", title_justify="left")
     means.add_column("operation")
-    for name in peers:
-        means.add_column(_TITLES[name], justify="right")
+    for title in _mean_titles(peers):
+        means.add_column(title, justify="right")
     for row in _means(report.results, ours, peers):
         means.add_row(*row)
     console.print(means)
@@ -104,13 +102,13 @@ def markdown(report: Report) -> str:
         + (" Freed memory was kept." if report.pages_kept else "")
     )
     lines = [head, ""]
-    for (dtype, layout), results in _grouped(report.results):
-        titles = ["shape", "operation", *(_TITLES[name] for name in report.contenders), "rate", "of limit"]
+    for (dtype, layout, _), results in _grouped(report.results):
+        titles = ["shape", "operation", *_titles(report, results)]
         lines += [f"**{dtype}, {layout.replace('_', ' ')}**", "", *_markdown_head(titles, left=2)]
         lines += [_markdown_row(_row(result, ours, peers, report.copy_gbs)) for result in results]
         lines.append("")
     lines += ["**Geometric mean of their time over ours**", ""]
-    lines += _markdown_head(["operation", *(_TITLES[name] for name in peers)], left=1)
+    lines += _markdown_head(["operation", *_mean_titles(peers)], left=1)
     lines += [_markdown_row(row) for row in _means(report.results, ours, peers)]
     return "\n".join(lines)
 
@@ -123,6 +121,12 @@ def _markdown_row(cells: Iterable[str]) -> str:
     return f"| {' | '.join(cells)} |".replace("\n", ", ")
 
 
+def _titles(report: Report, results: Sequence[Result]) -> list[str]:
+    """Titles of the columns after the name of a shape and an operation."""
+    timed = [_TITLES[name] for name in report.contenders]
+    return [*timed, *(["first call, s\nours (stock)"] if results[0].first_calls else ["rate", "of limit"])]
+
+
 def _row(result: Result, ours: str, peers: Sequence[str], copy_gbs: float) -> list[str]:
     own = result.timings.get(ours)
     row = [result.shape, result.op, _milliseconds(own.median) if own else "-"]
@@ -130,6 +134,9 @@ def _row(result: Result, ours: str, peers: Sequence[str], copy_gbs: float) -> li
         timing = result.timings.get(name)
         cell = _milliseconds(timing.median) if timing else "-"
         row.append(f"{cell} ({timing.median / own.median:.1f})" if timing and own else cell)
+    if result.first_calls:
+        seconds = {name: f"{result.first_calls[name] / 1e3:.1f}" for name in result.first_calls}
+        return [*row, f"{seconds.get(ours, '-')} ({seconds.get('lax', '-')})"]
     if not own or not (result.flops or result.bytes_moved):
         return [*row, "-", "-"]
     if not result.flops:
@@ -140,16 +147,29 @@ def _row(result: Result, ours: str, peers: Sequence[str], copy_gbs: float) -> li
     return [*row, rate, f"{limit.median / own.median:.0%}" if limit else "-"]
 
 
+def _mean_titles(peers: Sequence[str]) -> list[str]:
+    titles = [_TITLES[name] for name in peers]
+    return [*titles, "PyTorch,\nbetter layout"] if len(_torch(peers)) > 1 else titles
+
+
+def _torch(peers: Sequence[str]) -> list[str]:
+    return [name for name in peers if name.startswith("torch")]
+
+
 def _means(results: Sequence[Result], ours: str, peers: Sequence[str]) -> list[list[str]]:
+    """A row for each operation and for all; a column for each peer and for the better PyTorch of a case."""
     ops = list(dict.fromkeys(result.op for result in results))
+    columns = [[name] for name in peers] + [_torch(peers)] * (len(_torch(peers)) > 1)
     rows = []
     for op in (*ops, "all"):
         row = [op]
-        for name in peers:
+        for names in columns:
             ratios = [
-                result.timings[name].median / result.timings[ours].median
+                min(theirs) / result.timings[ours].median
                 for result in results
-                if op in (result.op, "all") and name in result.timings and ours in result.timings
+                if op in (result.op, "all")
+                and ours in result.timings
+                and (theirs := [result.timings[name].median for name in names if name in result.timings])
             ]
             row.append(f"{statistics.geometric_mean(ratios):.2f}" if ratios else "-")
         rows.append(row)
@@ -160,8 +180,9 @@ def _milliseconds(value: float) -> str:
     return f"{value:.3f}" if value < 10 else f"{value:.1f}"
 
 
-def _grouped(results: Sequence[Result]) -> list[tuple[tuple[str, str], list[Result]]]:
-    groups: dict[tuple[str, str], list[Result]] = {}
+def _grouped(results: Sequence[Result]) -> list[tuple[tuple[str, str, bool], list[Result]]]:
+    """A table for each type and layout; those with first calls have other columns."""
+    groups: dict[tuple[str, str, bool], list[Result]] = {}
     for result in results:
-        groups.setdefault((result.dtype, result.layout), []).append(result)
+        groups.setdefault((result.dtype, result.layout, bool(result.first_calls)), []).append(result)
     return list(groups.items())

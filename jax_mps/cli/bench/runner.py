@@ -51,12 +51,14 @@ class Contender:
       wait: blocks until such outputs are there.
       fetch: such outputs as float64 arrays that look the same for every contender.
       copies: how often a call computes the same.
+      first_call: milliseconds to trace, lower and compile, where that was measured; else 0.
     """
 
     call: Callable[[], Any]
     wait: Callable[[Any], Any]
     fetch: Callable[[Any], Sequence[np.ndarray]]
     copies: int = 1
+    first_call: float = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +138,7 @@ class Timing:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """The timings of a case, and why some contenders have none."""
+    """The timings of a case, why some contenders have none, and the first calls that were measured."""
 
     shape: str
     description: str
@@ -147,6 +149,7 @@ class Result:
     timings: Mapping[str, Timing]
     absent: Mapping[str, str]
     flops: int = 0
+    first_calls: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 def run(case: Case, *, rounds: int, seconds: float, queued: bool) -> Result:
@@ -166,6 +169,7 @@ def run(case: Case, *, rounds: int, seconds: float, queued: bool) -> Result:
         timings,
         absent,
         case.flops,
+        {name: contender.first_call for name, contender in contenders.items() if contender.first_call},
     )
 
 
