@@ -25,7 +25,7 @@ print(y.sum())
 
 def _process(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
     places = [str(Path(jax_mps.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    inherited = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    inherited = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "PYTHONSAFEPATH")}
     search = {"PYTHONPATH": os.pathsep.join(filter(None, places)), "JAX_PLATFORMS": "cpu"}
     return subprocess.run(
         [sys.executable, *arguments],

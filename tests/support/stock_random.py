@@ -47,7 +47,8 @@ def convolution(seed: int, dtype: str = "float32") -> Case:
         strides = draw(1, 4, rank) if role in ("ordinary", "weights", "any") else ones
         lhs_dilation = draw(1, 4, rank) if role in ("transposed", "both", "any") else ones
         rhs_dilation = draw(1, 4, rank) if role in ("dilated", "weights", "both", "any") else ones
-        padding = [draw(-2, 5, 2) for _ in range(rank)]
+        # In groups, XLA's CPU backend ends the process where padding is negative.
+        padding = [draw(-2 if groups == 1 else 0, 5, 2) for _ in range(rank)]
         letters = "DHW"[:rank]
         specs = (shuffled("NC" + letters), shuffled("OI" + letters), shuffled("NC" + letters))
         if rng.random() < 0.5:

@@ -1,0 +1,56 @@
+"""Which tap stock gradients of maxima select, against a plain loop: with ties, NaN and infinities."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_mps.geometry import Axis, Window
+from jax_mps.ops import max_pooling
+
+WINDOWS = {
+    "k2 s2": ((7, 6), (Axis(7, 2, 2, 1, 0, 3), Axis(6, 2, 2, 1, 0, 3))),
+    "k3 s2 p1": ((7, 6), (Axis(7, 3, 2, 1, 1, 4), Axis(6, 3, 2, 1, 1, 3))),
+    "k3 s1 dilated": ((7, 6), (Axis(7, 3, 1, 2, 1, 5), Axis(6, 2, 1, 1, 1, 7))),
+    "1-D k5": ((19,), (Axis(19, 5, 3, 1, 2, 7),)),
+}
+
+
+def selected(x: np.ndarray, axes: tuple[Axis, ...], *, with_padding: bool) -> np.ndarray:
+    """The tap indices of an array `(batch, *spatial, channels)`."""
+    out = np.full((x.shape[0], *(a.windows for a in axes), x.shape[-1]), -1)
+    for place in np.ndindex(out.shape):
+        n, *at, c = place
+        best, tap = (None, -1) if with_padding else (-np.inf, -1)
+        for number, taps in enumerate(itertools.product(*(range(a.taps) for a in axes))):
+            pixel = [a.stride * i - a.low + a.dilation * k for a, i, k in zip(axes, at, taps, strict=True)]
+            inside = all(0 <= p < a.size for p, a in zip(pixel, axes, strict=True))
+            if not inside and not with_padding:
+                continue
+            value, index = (x[(n, *pixel, c)], number) if inside else (-np.inf, -1)
+            if best is None or not best >= value:
+                best, tap = value, index
+        out[place] = tap
+    return out
+
+
+@pytest.mark.parametrize("with_padding", [True, False])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float64"])
+@pytest.mark.parametrize("name", WINDOWS)
+def test_selected_tap(x64: None, implementation: str, name: str, dtype: str, with_padding: bool) -> None:
+    sizes, axes = WINDOWS[name]
+    rng = np.random.default_rng(0)
+    for channels in (1, 3, 9, 40):
+        x = np.round(rng.standard_normal((3, *sizes, channels)))
+        x[rng.random(x.shape) < 0.2] = np.nan
+        x[rng.random(x.shape) < 0.3] = -np.inf
+        x[rng.random(x.shape) < 0.1] = np.inf
+        params: Any = {"window": Window(axes), "start": 1, "implementation": implementation}
+        found = max_pooling.max_pool_selected_tap_index_p.bind(
+            np.asarray(x, jnp.dtype(dtype)), with_padding=with_padding, **params
+        )
+        np.testing.assert_array_equal(found, selected(x, axes, with_padding=with_padding))
