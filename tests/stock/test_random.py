@@ -22,6 +22,11 @@ GROUP = 25
 """Operations of a test: most of the time of one alone would go into starting it."""
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """`--random N` says how many operations of each kind there are."""
+    metafunc.parametrize("first", range(0, metafunc.config.getoption("--random"), GROUP))
+
+
 def derivatives(f: Callable[..., Any], operands: Sequence[np.ndarray], seed: int) -> dict[str, Any]:
     """What is compared, from one program."""
     rng = np.random.default_rng(seed)
@@ -59,7 +64,6 @@ def compare(
     return handle.report().rows
 
 
-@pytest.mark.parametrize("first", range(0, 3000, GROUP))
 def test_convolutions(x64: None, first: int) -> None:
     seeds = range(first, first + GROUP)
     rows = [row for seed in seeds for row in compare(stock_random.convolution(seed), seed)]
@@ -70,7 +74,6 @@ def test_convolutions(x64: None, first: int) -> None:
 
 
 @pytest.mark.parametrize("kind", ["max", "min", "sum"])
-@pytest.mark.parametrize("first", range(0, 1000, GROUP))
 def test_windows(x64: None, kind: str, first: int) -> None:
     """The odd ones with ties, NaN and infinities, whose gradients are where stock JAX has them."""
     rows: list[Any] = []
