@@ -60,12 +60,17 @@ def _assert_near(actual: list[np.ndarray], expected: list[np.ndarray]) -> None:
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-3 * np.max(np.abs(other)))
 
 
+QUICK = ("tcn", "unet_3d")
+
+
 def test_every_model_is_here():
     assert set(TINY) == set(MODELS)
 
 
 @pytest.mark.parametrize("op", family.Models.ops)
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.full] * (name not in QUICK)) for name in TINY]
+)
 def test_accelerated_and_torch_are_stock(name, op, native):
     stock = _results(name, op, "lax")
     with jax_mps.accelerate() as handle:
@@ -75,6 +80,7 @@ def test_accelerated_and_torch_are_stock(name, op, native):
         _assert_near(_results(name, op, "torch"), stock)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["resnet18", "gan", "unet_3d"])
 def test_torch_channels_last(name):
     pytest.importorskip("torch")
