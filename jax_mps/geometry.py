@@ -22,8 +22,9 @@ import dataclasses
 import functools
 import math
 import operator
+import warnings
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 
@@ -45,8 +46,21 @@ Edge = Literal["exclude", "zero", "clamp"]
 """What a tap outside the image reads: nothing; the value 0; the nearest pixel of the image."""
 
 
+class _Renamed:
+    """Attributes under the names that they had before version 0.2, until 0.3."""
+
+    _old_names: ClassVar[dict[str, str]] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in self._old_names:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        new = self._old_names[name]
+        warnings.warn(f"{type(self).__name__}.{name} is now {new}", DeprecationWarning, stacklevel=2)
+        return getattr(self, new)
+
+
 @dataclasses.dataclass(frozen=True)
-class Axis:
+class Axis(_Renamed):
     """The windows along one axis.
 
     Attributes:
@@ -57,6 +71,8 @@ class Axis:
       low: pixels by which the first window starts before the image (negative: after its first pixel).
       windows: how many there are.
     """
+
+    _old_names = {"kernel": "taps", "lo": "low", "hi": "high", "out": "windows"}  # noqa: RUF012
 
     size: Dim
     taps: int
@@ -153,8 +169,10 @@ class Axis:
 
 
 @dataclasses.dataclass(frozen=True)
-class Window:
+class Window(_Renamed):
     """The windows over all spatial axes, outermost axis first."""
+
+    _old_names = {"kernel": "shape", "outs": "counts"}  # noqa: RUF012
 
     axes: tuple[Axis, ...]
 

@@ -258,3 +258,14 @@ def test_no_array_is_touched():
         jax.ShapeDtypeStruct((2**20, 2**20, 2**20, 1), np.float32),
     )
     assert shape.shape == (2**20, 2**19, 2**19, 1)
+
+
+def test_old_names_of_attributes_warn() -> None:
+    axis = Axis(9, 3, 2, 1, 1, 5)
+    for old, new in (("kernel", "taps"), ("lo", "low"), ("hi", "high"), ("out", "windows")):
+        with pytest.warns(DeprecationWarning, match=f"Axis.{old} is now {new}"):
+            assert getattr(axis, old) == getattr(axis, new)
+    with pytest.warns(DeprecationWarning, match="Window.outs is now counts"):
+        assert Window((axis,)).outs == (5,)
+    with pytest.raises(AttributeError, match="'Axis' object has no attribute 'taken'"):
+        _ = axis.taken
