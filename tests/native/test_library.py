@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
+from jax import lax
 
 import convs
 import jax_mps
@@ -49,10 +50,17 @@ def test_every_kernel_is_used():
     max_pool, avg_pool, l2_pool = (
         functools.partial(f, **window) for f in (jax_mps.max_pool, jax_mps.avg_pool, jax_mps.l2_pool)
     )
+
+    def stock(x: Any) -> Any:
+        return lax.reduce_window(x, -jnp.inf, lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
+
+    with jax_mps.accelerate():
+        accelerated = compiled_text(functools.partial(pull, stock), x, g)
     uses = {
         "max_pool": compiled_text(max_pool, x),
         "max_pool_with_tap_index": compiled_text(functools.partial(max_pool, return_indices=True), x),
         "max_pool_tap_index": compiled_text(functools.partial(jax_mps.max_pool_gradient, **window), g, x),
+        "max_pool_selected_tap_index": accelerated,
         "max_pool_put": compiled_text(functools.partial(pull, max_pool), x, g),
         "max_pool_take": compiled_text(functools.partial(push, max_pool), x, x),
         "avg_pool": compiled_text(avg_pool, x),
