@@ -64,8 +64,9 @@ def accelerate() -> Acceleration:
 
         y = conv_general_dilated(x, kernel)    becomes    y = conv_transpose_gradient_data(x, kernel)
 
-    Results are those of stock JAX up to rounding; half precision is summed in float32 and rounded once. NaN
-    and ties of maxima are treated as stock JAX treats them.
+    Results are those of stock JAX up to rounding; half precision is summed in float32 and rounded once. In
+    reverse mode, NaN and ties of maxima are treated as stock JAX treats them. In forward mode the order in
+    which XLA compares equal maxima depends on the shape; ours is row-major.
 
     Calls may be nested and made from any thread; the last handle that is restored turns the replacement
     off. Programs that were compiled before are compiled again, with JAX 0.9 and newer since the switch is

@@ -19,8 +19,8 @@ from jax_mps.cli.bench.torch_peer import Peer
 
 __all__ = ["Models", "model_case"]
 
-# Where a `relu` or a maximum almost ties, rounding moves the gradient of a pixel elsewhere: 8 images of a
-# ResNet-18 met 4e-3 of the greatest gradient, 2 images 7e-6.
+# Gradients of networks with batch normalisation differ by more than rounding: 8 images of a ResNet-18 by 4e-3
+# of the greatest gradient, 2 images by 7e-6. Not explained.
 _TOLERANCES = {"inference": (1e-3,), "train_step": (1e-3, 1e-2)}
 _TORCH_RATE = 0.0  # PyTorch changes its weights in place, and every call is to compute the same
 
