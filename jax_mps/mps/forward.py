@@ -69,13 +69,13 @@ class MPSCNNKernel(MPSKernel):
       padding: sizes the result, and replaces x and y of `offset`, where no destination is given.
     """
 
-    offset: MPSOffset = setting(struct(MPSOffset), MPSOffset())
-    clip_rect: MTLRegion | None = setting(struct(MTLRegion, optional=True), None)
-    destination_feature_channel_offset: int = setting(count(), 0)
-    source_feature_channel_offset: int = setting(count(), 0)
-    source_feature_channel_max_count: int | None = setting(count(unbounded=True), None)
-    edge_mode: MPSImageEdgeMode = setting(edge, MPSImageEdgeMode.ZERO)
-    padding: MPSNNPaddingMethod = setting(policy, policies.DEFAULT)
+    offset: MPSOffset = setting(struct(MPSOffset), default=MPSOffset())
+    clip_rect: MTLRegion | None = setting(struct(MTLRegion, optional=True), default=None)
+    destination_feature_channel_offset: int = setting(count(), default=0)
+    source_feature_channel_offset: int = setting(count(), default=0)
+    source_feature_channel_max_count: int | None = setting(count(unbounded=True), default=None)
+    edge_mode: MPSImageEdgeMode = setting(edge, default=MPSImageEdgeMode.ZERO)
+    padding: MPSNNPaddingMethod = setting(policy, default=policies.DEFAULT)
 
     is_backwards: ClassVar[bool] = False
     """Whether strides count pixels of the destination."""

@@ -36,17 +36,17 @@ class MPSCNNBinaryKernel(MPSKernel):
         result.
     """
 
-    primary_offset: MPSOffset = setting(struct(MPSOffset), MPSOffset())
-    secondary_offset: MPSOffset = setting(struct(MPSOffset), MPSOffset())
-    clip_rect: MTLRegion | None = setting(struct(MTLRegion, optional=True), None)
-    destination_feature_channel_offset: int = setting(count(), 0)
-    primary_source_feature_channel_offset: int = setting(count(), 0)
-    primary_source_feature_channel_max_count: int | None = setting(count(unbounded=True), None)
-    secondary_source_feature_channel_offset: int = setting(count(), 0)
-    secondary_source_feature_channel_max_count: int | None = setting(count(unbounded=True), None)
-    primary_edge_mode: MPSImageEdgeMode = setting(edge, MPSImageEdgeMode.ZERO)
-    secondary_edge_mode: MPSImageEdgeMode = setting(edge, MPSImageEdgeMode.ZERO)
-    padding: MPSNNPaddingMethod = setting(policy, policies.DEFAULT)
+    primary_offset: MPSOffset = setting(struct(MPSOffset), default=MPSOffset())
+    secondary_offset: MPSOffset = setting(struct(MPSOffset), default=MPSOffset())
+    clip_rect: MTLRegion | None = setting(struct(MTLRegion, optional=True), default=None)
+    destination_feature_channel_offset: int = setting(count(), default=0)
+    primary_source_feature_channel_offset: int = setting(count(), default=0)
+    primary_source_feature_channel_max_count: int | None = setting(count(unbounded=True), default=None)
+    secondary_source_feature_channel_offset: int = setting(count(), default=0)
+    secondary_source_feature_channel_max_count: int | None = setting(count(unbounded=True), default=None)
+    primary_edge_mode: MPSImageEdgeMode = setting(edge, default=MPSImageEdgeMode.ZERO)
+    secondary_edge_mode: MPSImageEdgeMode = setting(edge, default=MPSImageEdgeMode.ZERO)
+    padding: MPSNNPaddingMethod = setting(policy, default=policies.DEFAULT)
 
     is_backwards: ClassVar[bool] = True
     """Whether strides count pixels of the destination."""
@@ -91,8 +91,8 @@ class MPSCNNGradientKernel(MPSCNNBinaryKernel):
       kernel_offset_y: rows, likewise.
     """
 
-    kernel_offset_x: int = setting(geometry.integer, 0)
-    kernel_offset_y: int = setting(geometry.integer, 0)
+    kernel_offset_x: int = setting(geometry.integer, default=0)
+    kernel_offset_y: int = setting(geometry.integer, default=0)
 
     # What a class says about itself
 

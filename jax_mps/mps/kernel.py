@@ -78,15 +78,15 @@ class MPSKernel:
       implementation: `None` chooses; "native" or "xla" forces a path.
     """
 
-    device: jax.Device | None = setting(a_device, None)
-    options: MPSKernelOptions = setting(one_of(MPSKernelOptions), MPSKernelOptions.NONE)
-    implementation: str | None = setting(anything, None)
+    device: jax.Device | None = setting(a_device, default=None)
+    options: MPSKernelOptions = setting(one_of(MPSKernelOptions), default=MPSKernelOptions.NONE)
+    implementation: str | None = setting(anything, default=None)
 
     _leaves: ClassVar[tuple[str, ...]] = ()
     """The attributes that hold arrays."""
 
-    _key: Any = setting(anything, None, init=False)
-    _hash: int = setting(anything, 0, init=False)
+    _key: Any = setting(anything, default=None, init=False)
+    _hash: int = setting(anything, default=0, init=False)
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):

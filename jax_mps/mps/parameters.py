@@ -43,11 +43,11 @@ class KernelWithParameters(MPSKernel):
 
     weights: dataclasses.InitVar[MPSCNNConvolutionDataSource]
 
-    data_source: Any = setting(anything, None, init=False)
-    descriptor: MPSCNNConvolutionDescriptor = setting(anything, None, init=False)
-    _kernel: Array = setting(anything, None, init=False)
-    _biases: Array = setting(anything, None, init=False)
-    _arrayless: Any = setting(anything, None, init=False)  # this kernel without them
+    data_source: Any = setting(anything, default=None, init=False)
+    descriptor: MPSCNNConvolutionDescriptor = setting(anything, default=None, init=False)
+    _kernel: Array = setting(anything, default=None, init=False)
+    _biases: Array = setting(anything, default=None, init=False)
+    _arrayless: Any = setting(anything, default=None, init=False)  # this kernel without them
 
     _leaves: ClassVar[tuple[str, ...]] = ("_kernel", "_biases")
 

@@ -66,11 +66,11 @@ class MPSCNNPooling(MPSCNNKernel):
 
     kernel_width: int = setting(count(1))
     kernel_height: int = setting(count(1))
-    stride_in_pixels_x: int = setting(count(1), 1)
-    stride_in_pixels_y: int = setting(count(1), 1)
+    stride_in_pixels_x: int = setting(count(1), default=1)
+    stride_in_pixels_y: int = setting(count(1), default=1)
 
-    dilation_rate_x: int = setting(count(1), 1, init=False)
-    dilation_rate_y: int = setting(count(1), 1, init=False)
+    dilation_rate_x: int = setting(count(1), default=1, init=False)
+    dilation_rate_y: int = setting(count(1), default=1, init=False)
 
     def _check(self) -> None:
         if type(self) is MPSCNNPooling:
@@ -151,8 +151,8 @@ class MPSCNNDilatedPoolingMax(MPSCNNPoolingMax):
     Source: `MPSCNNDilatedPoolingMax` in MPSCNNPooling.h.
     """
 
-    dilation_rate_x: int = setting(count(1), 1)
-    dilation_rate_y: int = setting(count(1), 1)
+    dilation_rate_x: int = setting(count(1), default=1)
+    dilation_rate_y: int = setting(count(1), default=1)
 
 
 @kernel_class
@@ -186,8 +186,8 @@ class MPSCNNPoolingAverage(MPSCNNPooling):
     Source: `MPSCNNPoolingAverage` in MPSCNNPooling.h.
     """
 
-    zero_pad_size_x: int = setting(count(), 0)
-    zero_pad_size_y: int = setting(count(), 0)
+    zero_pad_size_x: int = setting(count(), default=0)
+    zero_pad_size_y: int = setting(count(), default=0)
 
     def _with_offset(self, y: int, x: int) -> MPSCNNPoolingAverage:
         kernel = super()._with_offset(y, x)

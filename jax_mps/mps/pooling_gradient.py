@@ -55,9 +55,9 @@ class MPSCNNPoolingGradient(MPSCNNGradientKernel):
 
     kernel_width: int = setting(count(1))
     kernel_height: int = setting(count(1))
-    stride_in_pixels_x: int = setting(count(1), 1)
-    stride_in_pixels_y: int = setting(count(1), 1)
-    source_size: MTLSize = setting(struct(MTLSize), MTLSize())
+    stride_in_pixels_x: int = setting(count(1), default=1)
+    stride_in_pixels_y: int = setting(count(1), default=1)
+    source_size: MTLSize = setting(struct(MTLSize), default=MTLSize())
 
     _forward: ClassVar[type[MPSCNNPooling]] = MPSCNNPooling
 
@@ -218,8 +218,8 @@ class MPSCNNDilatedPoolingMaxGradient(MPSCNNPoolingMaxGradient):
     Source: `MPSCNNDilatedPoolingMaxGradient` in MPSCNNPooling.h.
     """
 
-    dilation_rate_x: int = setting(count(1), 1)
-    dilation_rate_y: int = setting(count(1), 1)
+    dilation_rate_x: int = setting(count(1), default=1)
+    dilation_rate_y: int = setting(count(1), default=1)
 
     def _spans(self) -> tuple[Span, Span]:
         return (
@@ -257,8 +257,8 @@ class MPSCNNPoolingAverageGradient(MPSCNNPoolingGradient):
     Source: `MPSCNNPoolingAverageGradient` in MPSCNNPooling.h.
     """
 
-    zero_pad_size_x: int = setting(count(), 0)
-    zero_pad_size_y: int = setting(count(), 0)
+    zero_pad_size_x: int = setting(count(), default=0)
+    zero_pad_size_y: int = setting(count(), default=0)
 
     _forward: ClassVar[type[MPSCNNPooling]] = MPSCNNPoolingAverage
 

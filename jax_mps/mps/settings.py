@@ -15,9 +15,12 @@ from jax_mps.mps.structs import MPSImageEdgeMode, MPSNNPaddingMethod, member
 
 
 def setting(
-    check: Callable[[str, Any], Any], default: Any = dataclasses.MISSING, *, init: bool = True
+    check: Callable[[str, Any], Any], *, default: Any = dataclasses.MISSING, init: bool = True
 ) -> Any:
-    """A member of a kernel; `check` gives its value in one form, or raises. `init`: it can be chosen."""
+    """A member of a kernel; `check` gives its value in one form, or raises. `init`: it can be chosen.
+
+    `default` is a keyword: type checkers know of a default by this word alone.
+    """
     return dataclasses.field(default=default, init=init, metadata={"check": check})
 
 

@@ -70,9 +70,9 @@ class MPSCNNConvolutionTranspose(KernelWithParameters, MPSCNNKernel):
     Source: `MPSCNNConvolutionTranspose` in MPSCNNConvolution.h.
     """
 
-    kernel_offset_x: int = setting(geometry.integer, 0)
-    kernel_offset_y: int = setting(geometry.integer, 0)
-    accumulator_precision_option: PRECISION = setting(one_of(PRECISION), PRECISION.FLOAT)
+    kernel_offset_x: int = setting(geometry.integer, default=0)
+    kernel_offset_y: int = setting(geometry.integer, default=0)
+    accumulator_precision_option: PRECISION = setting(one_of(PRECISION), default=PRECISION.FLOAT)
 
     is_backwards: ClassVar[bool] = True
 

@@ -70,8 +70,8 @@ class MPSCNNConvolutionTransposeGradient(KernelWithParameters, MPSCNNGradientKer
     Source: `MPSCNNConvolutionTransposeGradient` in MPSCNNConvolution.h.
     """
 
-    offset: MPSOffset = setting(struct(MPSOffset), MPSOffset())
-    gradient_option: MPSCNNConvolutionGradientOption = setting(one_of(OPTION), OPTION.ALL)
+    offset: MPSOffset = setting(struct(MPSOffset), default=MPSOffset())
+    gradient_option: MPSCNNConvolutionGradientOption = setting(one_of(OPTION), default=OPTION.ALL)
 
     source_gradient_feature_channels = property(
         lambda self: self.descriptor.output_feature_channels, doc="Channels of the incoming gradient."
