@@ -33,7 +33,11 @@ _IMPORTS_TORCH = re.compile(r"import .*\btorch\b")
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--seed", type=int, default=0, metavar="N", help="chooses the sample of large grids")
     parser.addoption(
-        "--random", type=int, default=300, metavar="N", help="random stock operations of each kind"
+        "--random",
+        type=int,
+        default=300,
+        metavar="N",
+        help="random cases of stock operations and of MPS classes",
     )
     parser.addoption("--every", type=int, default=1, metavar="N", help="run only every N-th test")
 
