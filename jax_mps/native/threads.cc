@@ -54,7 +54,8 @@ struct alignas(64) Share {
   int64_t end;
 };
 
-struct Job {
+struct Job : std::enable_shared_from_this<Job> {
+  const Workers* workers;
   int64_t units, tasks, threads;
   bool (*body)(const void*, int64_t, int64_t);
   const void* context;
@@ -64,20 +65,28 @@ struct Job {
   std::mutex mutex;
   std::condition_variable finished;
 
-  // Takes tasks until none is left, those of share `number` first. `body` and `context` die with the call that made them, so
-  // a thread touches them only between taking a task and counting it done. It counts once, for all its tasks.
+  // Takes tasks until none is left, those of share `number` first. `workers`, `body` and `context` die with the call that
+  // made them, so a thread touches them only between taking a task and counting it done. It counts once, for all its tasks.
   void Work(int64_t number) {
     const Subnormals subnormals;
     int64_t mine = 0;
     for (int64_t i = 0; i < threads; ++i) {
       Share& share = shares[(number + i) % threads];
       for (int64_t task; (task = share.next.fetch_add(1)) < share.end; ++mine) {
+        if (mine == 0) Call(number);
         if (!body(context, units * task / tasks, units * (task + 1) / tasks)) ok = false;
       }
     }
     if (mine > 0 && done.fetch_add(mine) + mine == tasks) {
       std::lock_guard<std::mutex> lock(mutex);
       finished.notify_all();
+    }
+  }
+
+  // To wake a thread takes as long as a small task does: each wakes two others, instead of the caller all of them.
+  void Call(int64_t number) {
+    for (int64_t other = 2 * number + 1; other < threads && other <= 2 * number + 2; ++other) {
+      (*workers)([job = shared_from_this(), other] { job->Work(other); });
     }
   }
 
@@ -108,12 +117,13 @@ bool ShareWork(const Workers& workers, int64_t units, int64_t bytes_per_unit, bo
   const double bytes = static_cast<double>(units) * bytes_per_unit;
   const int64_t wanted = ThreadCount() * kTasksPerThread;
   const int64_t tasks = std::min({units, wanted, static_cast<int64_t>(bytes / kGrain)});
-  if (ThreadCount() == 1 || tasks <= 1) {
+  if (ThreadCount() == 1 || tasks <= 1 || !workers) {
     const Subnormals subnormals;
     return body(context, 0, units);
   }
 
   const auto job = std::make_shared<Job>();
+  job->workers = &workers;
   job->units = units;
   job->tasks = tasks;
   job->threads = std::min<int64_t>(ThreadCount(), tasks);
@@ -124,25 +134,28 @@ bool ShareWork(const Workers& workers, int64_t units, int64_t bytes_per_unit, bo
     job->shares[i].next = tasks * i / job->threads;
     job->shares[i].end = tasks * (i + 1) / job->threads;
   }
-  for (int64_t number = 1; number < job->threads; ++number) {
-    workers([job, number] { job->Work(number); });
-  }
   job->Work(0);
   job->Wait();
   return job->ok;
 }
 
-void* Scratch(size_t bytes) {
+const Workers kAlone;
+
+void* Scratch(size_t bytes, int number) {
   struct Free {
     void operator()(void* data) const { operator delete(data, std::align_val_t(64)); }
   };
-  thread_local std::unique_ptr<void, Free> buffer;
-  thread_local size_t size = 0;
-  if (bytes > size) {
-    buffer.reset(operator new(bytes, std::align_val_t(64), std::nothrow));
-    size = buffer ? bytes : 0;
+  struct Buffer {
+    std::unique_ptr<void, Free> data;
+    size_t size = 0;
+  };
+  thread_local Buffer buffers[2];
+  Buffer& buffer = buffers[number];
+  if (bytes > buffer.size) {
+    buffer.data.reset(operator new(bytes, std::align_val_t(64), std::nothrow));
+    buffer.size = buffer.data ? bytes : 0;
   }
-  return buffer.get();
+  return buffer.data.get();
 }
 
 bool ExceedsCaches(size_t bytes) {

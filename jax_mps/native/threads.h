@@ -20,8 +20,11 @@ int ThreadCount();
 bool ShareWork(const Workers& workers, int64_t units, int64_t bytes_per_unit,
                bool (*body)(const void* context, int64_t begin, int64_t end), const void* context);
 
-// Scratch of the calling thread, 64-byte aligned, valid until its next request; null if there is no memory.
-void* Scratch(size_t bytes);
+// None: the caller does all of the work.
+extern const Workers kAlone;
+
+// Scratch of the calling thread, 64-byte aligned, valid until its next request with that number; null if there is no memory.
+void* Scratch(size_t bytes, int number = 0);
 
 // Whether a result of that size had better not go through the caches.
 bool ExceedsCaches(size_t bytes);

@@ -10,6 +10,7 @@
 #include "pooling/l2_pool.h"
 #include "pooling/max_pool.h"
 #include "pooling/max_pool_put.h"
+#include "pooling/planes.h"
 #include "pooling/selected_tap.h"
 #include "pooling/unpool.h"
 #include "simd.h"
@@ -114,9 +115,7 @@ bool WithFloatSize(Type type, const Body& body) {
   }
 }
 
-}  // namespace
-
-bool Execute(const Problem& problem) {
+bool Run(const Problem& problem) {
   const Type type = problem.type;
   switch (problem.op) {
     case Op::kMaxPool:
@@ -153,6 +152,14 @@ bool Execute(const Problem& problem) {
       return WithSize(type, [&](auto t) { return MaxUnpoolTake<typename decltype(t)::type>(problem); });
   }
   __builtin_unreachable();
+}
+
+}  // namespace
+
+bool Execute(const Problem& problem) {
+  const Lanes lanes(problem);
+  if (lanes.planes > 0) return InLanes(problem, lanes, Run);
+  return Run(problem);
 }
 
 }  // namespace jax_mps::JAX_MPS_ISA

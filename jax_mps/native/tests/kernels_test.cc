@@ -280,9 +280,13 @@ class Threads {
   ~Threads() {
     for (std::thread& thread : threads_) thread.join();
   }
-  const Workers workers = [this](std::function<void()> task) { threads_.emplace_back(std::move(task)); };
+  const Workers workers = [this](std::function<void()> task) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    threads_.emplace_back(std::move(task));
+  };
 
  private:
+  std::mutex mutex_;
   std::vector<std::thread> threads_;
 };
 
@@ -399,8 +403,9 @@ Geometry RandomGeometry() {
   const int64_t rank = random_number(1, 3);
   const int64_t pixels[] = {0, 90, 14, 7}, taps[] = {0, 20, 6, 4};
   for (int64_t a = 3 - rank; a < 3; ++a) geometry.axis[a] = RandomAxis(pixels[rank], taps[rank]);
-  geometry.outer = random_number.OneIn(20) ? 30 : random_number(1, 3);  // enough for several threads
-  geometry.inner = channels[random_number(0, 10)];
+  const bool many = random_number.OneIn(4);  // planes: enough for several threads, and to be lanes
+  geometry.outer = many ? random_number(8, 70) : random_number(1, 3);
+  geometry.inner = channels[random_number(0, many ? 6 : 10)];
   if (rank == 1 && random_number.OneIn(20)) {  // more channels than one block
     geometry.outer = 1;
     geometry.inner = 4500;

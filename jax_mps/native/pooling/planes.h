@@ -1,0 +1,206 @@
+// Planes as lanes: where the rows of a plane are too short to fill vectors, these hold one pixel of many planes. Planes are
+// turned around into scratch, as many as the caches hold, and what is computed there is turned back.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include "isa.h"
+#include "parallel_for.h"
+#include "pooling/geometry.h"
+#include "pooling/kernels.h"
+#include "simd.h"
+#include "threads.h"
+#include "types.h"
+
+namespace jax_mps::JAX_MPS_ISA {
+namespace {
+
+constexpr int64_t kLaneBytes = 384 << 10;  // of the planes that are turned around together: in a level-2 cache
+
+// An array of a call: whether it has the image's pixels, or one element a window; bytes of an element.
+struct ArrayOf {
+  bool image;
+  int bytes;
+};
+
+struct Arrays {
+  ArrayOf operand[3], result[2];
+};
+
+inline int BytesOf(Type type) {
+  switch (type) {
+    case Type::kF64:
+      return 8;
+    case Type::kF32:
+    case Type::kS32:
+    case Type::kU32:
+      return 4;
+    case Type::kS8:
+    case Type::kU8:
+      return 1;
+    default:
+      return 2;
+  }
+}
+
+inline Arrays ArraysOf(const Problem& problem) {
+  const int type = BytesOf(problem.type), second = BytesOf(problem.second), sum = problem.type == Type::kF64 ? 8 : 4;
+  const ArrayOf image = {true, type}, pooled = {false, type}, other = {false, second}, norm = {false, sum};
+  switch (problem.op) {
+    case Op::kMaxPoolTapIndex:
+      return {{image}, {pooled, other}};
+    case Op::kMaxPoolSelectedTapIndex:
+    case Op::kL2Pool:
+      return {{image}, {other}};
+    case Op::kMaxPoolTake:
+      return {{image, other}, {pooled}};
+    case Op::kMaxPoolPut:
+      return {{pooled, other}, {image}};
+    case Op::kAvgPoolGradient:
+      return {{pooled}, {image}};
+    case Op::kL2PoolTangent:
+      return {{image, image, norm}, {other}};
+    case Op::kL2PoolGradient:
+      return {{other, image, norm}, {image}};
+    default:
+      return {{image}, {pooled}};
+  }
+}
+
+// to[column][row] = from[row][column], of kBytes each. Square tiles pass through a copy: the rows of a plane whose size is a
+// power of two compete for few sets of the cache, so each line is read once.
+template <int kBytes>
+inline void TurnUnits(const char* from, char* to, int64_t rows, int64_t columns) {
+  constexpr int64_t kTile = 16;
+  const auto turn = [&](auto whole, int64_t row, int64_t column) __attribute__((always_inline)) {
+    constexpr bool kWhole = decltype(whole)::value;
+    const int64_t height = kWhole || row + kTile <= rows ? kTile : rows - row;
+    const int64_t width = kWhole || column + kTile <= columns ? kTile : columns - column;
+    char tile[kTile][kTile * kBytes];
+    for (int64_t r = 0; r < height; ++r)
+      __builtin_memcpy(tile[r], from + ((row + r) * columns + column) * kBytes, width * kBytes);
+    for (int64_t c = 0; c < width; ++c) {
+      char* const target = to + ((column + c) * rows + row) * kBytes;
+      for (int64_t r = 0; r < height; ++r) __builtin_memcpy(target + r * kBytes, tile[r] + c * kBytes, kBytes);
+    }
+  };
+  for (int64_t row = 0; row < rows; row += kTile) {
+    int64_t column = 0;
+    if (row + kTile <= rows) {
+      for (; column + kTile <= columns; column += kTile) turn(std::true_type(), row, column);
+    }
+    for (; column < columns; column += kTile) turn(std::false_type(), row, column);
+  }
+}
+
+// Of units that have no size of their own: as many pieces as a unit has.
+template <int kBytes>
+inline void TurnPieces(const char* from, char* to, int64_t rows, int64_t columns, int64_t count) {
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t column = 0; column < columns; ++column) {
+      for (int64_t i = 0; i < count; ++i) {
+        __builtin_memcpy(to + ((column * rows + row) * count + i) * kBytes,
+                         from + ((row * columns + column) * count + i) * kBytes, kBytes);
+      }
+    }
+  }
+}
+
+inline void Turn(const void* from, void* to, int64_t rows, int64_t columns, int64_t bytes) {
+  const char* source = static_cast<const char*>(from);
+  char* target = static_cast<char*>(to);
+  switch (bytes) {
+    case 1:
+      return TurnUnits<1>(source, target, rows, columns);
+    case 2:
+      return TurnUnits<2>(source, target, rows, columns);
+    case 4:
+      return TurnUnits<4>(source, target, rows, columns);
+    case 8:
+      return TurnUnits<8>(source, target, rows, columns);
+    case 12:
+      return TurnUnits<12>(source, target, rows, columns);
+    case 16:
+      return TurnUnits<16>(source, target, rows, columns);
+    default:
+      return bytes % 4 == 0 ? TurnPieces<4>(source, target, rows, columns, bytes / 4)
+                            : TurnPieces<1>(source, target, rows, columns, bytes);
+  }
+}
+
+// How the planes of a call are worked on together.
+struct Lanes {
+  Arrays arrays;
+  int64_t pixels, windows;
+  int64_t plane_bytes;  // of all arrays
+  int64_t planes;       // together; 0 if rows are better
+  explicit Lanes(const Problem& problem);
+  int64_t Count(const ArrayOf& array) const { return array.image ? pixels : windows; }
+};
+
+inline Lanes::Lanes(const Problem& problem) : arrays(ArraysOf(problem)), pixels(1), windows(1), plane_bytes(0), planes(0) {
+  const Geometry& geometry = problem.geometry;
+  for (const Axis& axis : geometry.axis) {
+    pixels *= axis.size;
+    windows *= axis.windows;
+  }
+  const auto add = [&](const ArrayOf& array) { plane_bytes += Count(array) * geometry.inner * array.bytes; };
+  for (const ArrayOf& array : arrays.operand) add(array);
+  for (const ArrayOf& array : arrays.result) add(array);
+  // Positions of unpooling are numbers in a plane.
+  if (problem.op == Op::kMaxUnpool || problem.op == Op::kMaxUnpoolTake) return;
+  const int64_t vector = kVectorBytes / BytesOf(problem.type);
+  if (geometry.inner >= vector || geometry.outer * geometry.inner < vector || kLaneBytes < vector * plane_bytes) return;
+  const int64_t fair = CeilDiv(geometry.outer, 4 * ThreadCount()), room = kLaneBytes / plane_bytes;
+  planes = fair < room ? CeilDiv(fair, vector) * vector : room;
+}
+
+// Runs a call plane by plane in lanes; `run` computes what it is given, alone.
+template <class Run>
+bool InLanes(const Problem& problem, const Lanes& lanes, const Run& run) {
+  const Geometry& geometry = problem.geometry;
+  const auto body = [&](int64_t begin, int64_t end) {
+    char* const scratch = static_cast<char*>(Scratch(lanes.planes * lanes.plane_bytes + 5 * 64, 1));
+    if (scratch == nullptr) return false;
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t first = unit * lanes.planes, left = geometry.outer - first;
+      const int64_t planes = left < lanes.planes ? left : lanes.planes;
+      Problem part = problem;
+      part.geometry.outer = 1;
+      part.geometry.inner = planes * geometry.inner;
+      part.stream = false;
+      part.workers = &kAlone;
+      char* free = scratch;
+      const auto place = [&](const ArrayOf& array) {
+        char* const at = free;
+        free += (planes * lanes.Count(array) * geometry.inner * array.bytes + 63) / 64 * 64;
+        return at;
+      };
+      const auto offset = [&](const ArrayOf& array) { return first * lanes.Count(array) * geometry.inner * array.bytes; };
+      for (int i = 0; i < 3; ++i) {
+        const ArrayOf& array = lanes.arrays.operand[i];
+        if (array.bytes == 0) continue;
+        char* const at = place(array);
+        Turn(static_cast<const char*>(problem.operand[i]) + offset(array), at, planes, lanes.Count(array),
+             geometry.inner * array.bytes);
+        part.operand[i] = at;
+      }
+      for (int i = 0; i < 2; ++i) {
+        if (part.result[i] != nullptr) part.result[i] = place(lanes.arrays.result[i]);
+      }
+      if (!run(part)) return false;
+      for (int i = 0; i < 2; ++i) {
+        const ArrayOf& array = lanes.arrays.result[i];
+        if (part.result[i] == nullptr) continue;
+        Turn(part.result[i], static_cast<char*>(problem.result[i]) + offset(array), lanes.Count(array), planes,
+             geometry.inner * array.bytes);
+      }
+    }
+    return true;
+  };
+  return ParallelFor(*problem.workers, CeilDiv(geometry.outer, lanes.planes), lanes.planes * lanes.plane_bytes, body);
+}
+
+}  // namespace
+}  // namespace jax_mps::JAX_MPS_ISA
