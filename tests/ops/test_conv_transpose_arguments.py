@@ -300,14 +300,14 @@ def test_kernels_of_a_wrong_shape_for_the_ordinary_convolution():
         (
             {"kernel_dilation": 3},
             (
-                r"a kernel of 3 taps with kernel_dilation=3 spans 7 pixels, more than the 4 of spatial axis 0 "
+                r"kernel of 3 taps with kernel_dilation=3 spans 7 pixels, more than the 4 of spatial axis 0 "
                 r"\(size 4, padding \(0, 0\)\): the output size would be below 1"
             ),
         ),
         (
             {"padding": ((0, 0), (-2, -4)), "input_dilation": (1, 2), "kernel_dilation": (1, 3)},
             (
-                r"a kernel of 2 taps with kernel_dilation=3 spans 4 pixels, more than the 3 of spatial axis 1 "
+                r"kernel of 2 taps with kernel_dilation=3 spans 4 pixels, more than the 3 of spatial axis 1 "
                 r"\(size 9, padding \(-2, -4\)\): the output size would be below 1"
             ),
         ),
