@@ -300,11 +300,12 @@ class Convolution:
         steps = {"strides": window_strides, "input_dilation": lhs_dilation, "kernel_dilation": rhs_dilation}
         for name, value in steps.items():
             geometry.per_axis(name, geometry.freeze(name, value), rhs.ndim - 2)
-        if isinstance(padding, str):  # "SAME" of the image without the zeros between its pixels
+        reason = _obstacle(lhs, rhs, padding, lhs_dilation, preferred_element_type, others)
+        if not reason and isinstance(padding, str):
             extents = [(k - 1) * d + 1 for k, d in zip(rhs.shape[:-2], rhs_dilation, strict=True)]
             padding = lax.padtype_to_pads(lhs.shape[1:-1], extents, window_strides, padding)
-        empty = _is_empty(lhs, rhs, padding, lhs_dilation, rhs_dilation)
-        reason = "an empty array" if empty else _obstacle(lhs, rhs, preferred_element_type, others)
+        if not reason and _is_empty(lhs, rhs, padding, lhs_dilation, rhs_dilation):
+            reason = "an empty array"
         if not reason:
             return jax_mps.conv(
                 lhs,
@@ -340,7 +341,14 @@ def _canonical(dtype: DTypeLike | None) -> Any:
     return None if dtype is None else dtypes.canonicalize_dtype(dtype)
 
 
-def _obstacle(lhs: jax.Array, rhs: jax.Array, preferred: DTypeLike | None, others: dict[str, Any]) -> str:
+def _obstacle(
+    lhs: jax.Array,
+    rhs: jax.Array,
+    padding: Any,
+    lhs_dilation: Sequence[int],
+    preferred: DTypeLike | None,
+    others: dict[str, Any],
+) -> str:
     """Why stock JAX has to compute a convolution; empty if it need not."""
     wanted = lhs.dtype if preferred is None else _canonical(preferred)
     if not 3 <= rhs.ndim <= 5:
@@ -351,6 +359,8 @@ def _obstacle(lhs: jax.Array, rhs: jax.Array, preferred: DTypeLike | None, other
         return f"operands of two dtypes, {lhs.dtype.name} and {rhs.dtype.name}"
     if wanted != lhs.dtype and (wanted.name not in FLOATS or wanted.itemsize <= lhs.dtype.itemsize):
         return f"{lhs.dtype.name} with a result of {wanted.name}"
+    if isinstance(padding, str) and any(e != 1 for e in lhs_dilation):
+        return f"padding={padding!r} of an image with an input_dilation"  # stock JAX raises
     return next((f"{name}={value}" for name, value in others.items() if value is not None), "")
 
 

@@ -43,7 +43,7 @@ class Conv(flax.linen.Conv):
       padding: "SAME", "VALID", "CIRCULAR" (periodic), "REFLECT" (mirrored; not in old versions of Flax),
         "CAUSAL" (one axis, zeros before it), an int, or for each spatial axis an int or a pair.
       input_dilation: pixels from one pixel of the inputs to the next, with zeros between them; None is 1.
-        "SAME" does not count these zeros.
+        Flax wants paddings as numbers with it.
       kernel_dilation: pixels from one tap to the next; None is 1.
       feature_group_count: the number of groups of channels.
       use_bias: whether a bias is added.

@@ -55,7 +55,7 @@ class Conv(flax.nnx.Conv):
       implementation: None chooses; "native" or "xla" forces a path.
       conv_general_dilated: another function to compute the convolution, such as that of `jax.lax`.
       options: Flax's other arguments: `padding` ("SAME", "VALID", "CIRCULAR", "REFLECT", "CAUSAL", an int,
-        or for each spatial axis an int or a pair), `input_dilation` (whose zeros "SAME" does not count),
+        or for each spatial axis an int or a pair), `input_dilation` (with paddings as numbers alone),
         `kernel_dilation`, `feature_group_count`, `use_bias`, `mask`, `dtype`, `param_dtype`, `precision`,
         `kernel_init`, `bias_init`, `promote_dtype`, `preferred_element_type`, `rngs`, `kernel_metadata` and
         `bias_metadata`, as far as the installed version has them.
