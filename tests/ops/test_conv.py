@@ -248,8 +248,11 @@ def torch_derivatives(case, data_format, arrays):
     )  # fmt: skip
     spread[(slice(None), slice(None), *(slice(None, None, e) for e in steps))] = image(x)
     pads = [n for pair, _ in case.pads[::-1] for n in pair]
+    # Grown first and cut then: PyTorch does not cut off more than there is.
+    padded = torch.nn.functional.pad(spread, [max(n, 0) for n in pads])
+    padded = torch.nn.functional.pad(padded, [min(n, 0) for n in pads])
     y = getattr(torch.nn.functional, f"conv{case.rank}d")(
-        torch.nn.functional.pad(spread, pads), kernel.movedim((-1, -2), (0, 1)),
+        padded, kernel.movedim((-1, -2), (0, 1)),
         stride=tuple(case.each("strides")), dilation=tuple(case.each("kernel_dilation")), groups=case.groups,
     )  # fmt: skip
     y = y if first else y.movedim(1, -1)
