@@ -300,12 +300,10 @@ class Convolution:
         steps = {"strides": window_strides, "input_dilation": lhs_dilation, "kernel_dilation": rhs_dilation}
         for name, value in steps.items():
             geometry.per_axis(name, geometry.freeze(name, value), rhs.ndim - 2)
-        reason = _obstacle(lhs, rhs, padding, lhs_dilation, preferred_element_type, others)
-        if not reason and isinstance(padding, str):
+        if isinstance(padding, str) and all(e == 1 for e in lhs_dilation):
             extents = [(k - 1) * d + 1 for k, d in zip(rhs.shape[:-2], rhs_dilation, strict=True)]
             padding = lax.padtype_to_pads(lhs.shape[1:-1], extents, window_strides, padding)
-        if not reason and _is_empty(lhs, rhs, padding, lhs_dilation, rhs_dilation):
-            reason = "an empty array"
+        reason = _obstacle(lhs, rhs, padding, lhs_dilation, rhs_dilation, preferred_element_type, others)
         if not reason:
             return jax_mps.conv(
                 lhs,
@@ -344,31 +342,29 @@ def _canonical(dtype: DTypeLike | None) -> Any:
 def _obstacle(
     lhs: jax.Array,
     rhs: jax.Array,
-    padding: Any,
+    padding: str | Sequence[tuple[int, int]],
     lhs_dilation: Sequence[int],
+    rhs_dilation: Sequence[int],
     preferred: DTypeLike | None,
     others: dict[str, Any],
 ) -> str:
     """Why stock JAX has to compute a convolution; empty if it need not."""
-    wanted = lhs.dtype if preferred is None else _canonical(preferred)
     if not 3 <= rhs.ndim <= 5:
         return f"{rhs.ndim - 2} spatial axes, ours are 1 to 3"
     if lhs.dtype.name not in FLOATS:
         return f"dtype {lhs.dtype.name}, ours are {', '.join(FLOATS)}"
     if lhs.dtype != rhs.dtype:
         return f"operands of two dtypes, {lhs.dtype.name} and {rhs.dtype.name}"
+    wanted = lhs.dtype if preferred is None else _canonical(preferred)
     if wanted != lhs.dtype and (wanted.name not in FLOATS or wanted.itemsize <= lhs.dtype.itemsize):
         return f"{lhs.dtype.name} with a result of {wanted.name}"
-    if isinstance(padding, str) and any(e != 1 for e in lhs_dilation):
-        return f"padding={padding!r} of an image with an input_dilation"  # stock JAX raises
-    return next((f"{name}={value}" for name, value in others.items() if value is not None), "")
-
-
-def _is_empty(lhs: jax.Array, rhs: jax.Array, padding: Any, lhs_dilation: Any, rhs_dilation: Any) -> bool:
-    """Whether a convolution has an empty operand or no result, of which there is nothing to compute."""
+    if isinstance(padding, str):  # stock JAX raises
+        return f"padding={padding!r} of an image with an input_dilation"
     axes = zip(lhs.shape[1:-1], rhs.shape[:-2], padding, lhs_dilation, rhs_dilation, strict=True)
-    room = ((n - 1) * e + low + high - (k - 1) * d for n, k, (low, high), e, d in axes)
-    return 0 in (*lhs.shape, *rhs.shape) or any(geometry.surely_below(n, 1) for n in room)
+    room = [(n - 1) * e + low + high - (k - 1) * d for n, k, (low, high), e, d in axes]
+    if 0 in (*lhs.shape, *rhs.shape) or any(geometry.surely_below(n, 1) for n in room):
+        return "an empty array"
+    return next((f"{name}={value}" for name, value in others.items() if value is not None), "")
 
 
 # --- the transposed convolution of a layer ------------------------------------------------------------
