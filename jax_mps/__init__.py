@@ -9,6 +9,7 @@ from jax_mps.conventions import kernel_from_torch, kernel_to_torch
 from jax_mps.lowering.library import native_available
 from jax_mps.ops.avg_pooling import avg_pool, avg_pool_gradient
 from jax_mps.ops.convolution import (
+    conv,
     conv_transpose,
     conv_transpose_gradient_data,
     conv_transpose_gradient_weights,
@@ -27,6 +28,7 @@ __all__ = [
     "accelerate",
     "avg_pool",
     "avg_pool_gradient",
+    "conv",
     "conv_transpose",
     "conv_transpose_gradient_data",
     "conv_transpose_gradient_weights",

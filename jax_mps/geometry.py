@@ -376,15 +376,7 @@ def _place_transposed(
     stride = per_axis("strides", strides, rank)
     dilation = per_axis("kernel_dilation", kernel_dilation, rank)
     more = per_axis("output_padding", output_padding, rank, least=0)
-    if len(shape) < rank + 1:
-        raise ValueError(
-            f"a kernel with {rank} spatial axes needs an array with as many and a channel axis, "
-            f"got one of shape {shape}"
-        )
-    start = spatial_start(len(shape), rank, data_format)
-    lengths = shape[start : start + rank]
-    if any(surely_below(n, 1) for n in lengths):
-        raise ValueError(f"every spatial axis needs at least one pixel, got sizes {tuple(lengths)}")
+    start, lengths = _pixels(shape, rank, data_format)
     if isinstance(padding, str) and padding.upper() == "SAME" and any(more):
         raise ValueError(
             f"output_padding must be 0 with padding='SAME', which already fixes the output size, "
@@ -419,6 +411,124 @@ def _transposed_axis(i: int, n: Dim, k: int, s: int, d: int, pad: tuple[Dim, Dim
 
 
 _place_transposed_static = functools.lru_cache(maxsize=1024)(_place_transposed)
+
+
+class ConvPlacement(NamedTuple):
+    """An ordinary convolution in integers.
+
+    Attributes:
+      ordinary: its windows on the image; None where zeros lie between the pixels of the image.
+      transposed: the windows of the transposed convolution of the image, with the kernel backwards and the
+        input dilation as its stride, that gives the results of stride 1.
+      picked: the windows of one tap that pick the results of all strides from those.
+      start: where the spatial axes start.
+    """
+
+    ordinary: Window | None
+    transposed: Window
+    picked: Window
+    start: int
+
+
+def place_conv(
+    shape: Sequence[Dim],
+    kernel: tuple[int, ...],
+    strides: Ints,
+    padding: Padding,
+    input_dilation: Ints,
+    kernel_dilation: Ints,
+    data_format: str,
+) -> ConvPlacement:
+    """Checks the arguments of an ordinary convolution of an array of `shape` and places its windows.
+
+    They lie on the image with `input_dilation - 1` zeros between its pixels. "SAME" pads that image as
+    `lax.padtype_to_pads` does.
+    """
+    arguments = (
+        kernel,
+        freeze("strides", strides),
+        freeze_padding(padding),
+        freeze("input_dilation", input_dilation),
+        freeze("kernel_dilation", kernel_dilation),
+        data_format,
+    )
+    if all(isinstance(d, int) for d in shape):
+        return _place_conv_static(tuple(shape), *arguments)
+    return _place_conv(tuple(shape), *arguments)
+
+
+def _place_conv(
+    shape: tuple[Dim, ...],
+    kernel: tuple[int, ...],
+    strides: int | tuple[int, ...],
+    padding: str | int | tuple[tuple[int, int], ...],
+    input_dilation: int | tuple[int, ...],
+    kernel_dilation: int | tuple[int, ...],
+    data_format: str,
+) -> ConvPlacement:
+    rank = len(kernel)
+    per_axis("kernel", kernel, rank)
+    stride = per_axis("strides", strides, rank)
+    expansion = per_axis("input_dilation", input_dilation, rank)
+    dilation = per_axis("kernel_dilation", kernel_dilation, rank)
+    start, lengths = _pixels(shape, rank, data_format)
+    sizes = tuple((n - 1) * e + 1 for n, e in zip(lengths, expansion, strict=True))
+    pads = _pads(padding, sizes, kernel, stride, dilation, False)
+    axes = tuple(
+        _conv_axis(i, *each) for i, each in enumerate(zip(sizes, kernel, stride, dilation, pads, strict=True))
+    )
+    columns = list(zip(axes, lengths, expansion, strict=True))
+    return ConvPlacement(
+        Window(axes) if all(e == 1 for e in expansion) else None,
+        Window(tuple(_backwards(axis, n, e) for axis, n, e in columns)),
+        Window(tuple(Axis(_reach(axis), 1, axis.stride, 1, 0, axis.windows) for axis in axes)),
+        start,
+    )
+
+
+def _conv_axis(i: int, size: Dim, k: int, s: int, d: int, pad: tuple[Dim, Dim]) -> Axis:
+    """Spatial axis `i` of `size` pixels, zeros between them included, with at least one window."""
+    low, high = pad
+    extent = (k - 1) * d + 1
+    count = (size + low + high - extent) // s + 1
+    if surely_below(count, 1):
+        raise ValueError(
+            f"a kernel of {k} taps with kernel_dilation={d} spans {extent} pixels, more than the "
+            f"{size + low + high} of spatial axis {i} (size {size}, padding {pad}): "
+            "the output size would be below 1"
+        )
+    return Axis(size, k, s, d, low, count)
+
+
+def _reach(axis: Axis) -> Dim:
+    """The results of stride 1 up to the last one that is wanted."""
+    return (axis.windows - 1) * axis.stride + 1
+
+
+def _backwards(axis: Axis, length: Dim, expansion: int) -> Axis:
+    """The transposed convolution of `length` pixels that gives the results of stride 1 of `axis`.
+
+    Pixel a feeds the result `expansion * a + low - dilation * k` with tap k, counted from the last tap here.
+    """
+    low = axis.extent - 1 - axis.low
+    return Axis(_reach(axis), axis.taps, expansion, axis.dilation, low, length)
+
+
+_place_conv_static = functools.lru_cache(maxsize=1024)(_place_conv)
+
+
+def _pixels(shape: tuple[Dim, ...], rank: int, data_format: str) -> tuple[int, tuple[Dim, ...]]:
+    """Where the spatial axes of a convolution's operand start, and their sizes."""
+    if len(shape) < rank + 1:
+        raise ValueError(
+            f"a kernel with {rank} spatial axes needs an array with as many and a channel axis, "
+            f"got one of shape {shape}"
+        )
+    start = spatial_start(len(shape), rank, data_format)
+    sizes = shape[start : start + rank]
+    if any(surely_below(n, 1) for n in sizes):
+        raise ValueError(f"every spatial axis needs at least one pixel, got sizes {sizes}")
+    return start, sizes
 
 
 def divisor(

@@ -26,7 +26,7 @@ _POOLS: dict[str, Callable[..., Any]] = {
     "avg_pool": jax_mps.avg_pool,
     "l2_pool": jax_mps.l2_pool,
 }
-_OPERATIONS = (*_POOLS, "max_unpool", "conv_transpose")
+_OPERATIONS = (*_POOLS, "max_unpool", "conv", "conv_transpose")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,9 +49,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--indices", action="store_true", help="of max_pool: where the maxima are, too")
     parser.add_argument("--output-shape", type=_integers, help="of max_unpool (default: twice the image)")
     parser.add_argument(
-        "--features", type=int, help="channels of conv_transpose's result (default: the image's)"
+        "--features", type=int, help="channels of a convolution's result (default: the image's)"
     )
-    parser.add_argument("--groups", type=int, default=1, help="of conv_transpose (default: 1)")
+    parser.add_argument("--groups", type=int, default=1, help="of a convolution (default: 1)")
+    parser.add_argument("--input-dilation", type=_integers, default=(1,), help="of conv (default: 1)")
     parser.add_argument(
         "--output-padding", type=_integers, default=(0,), help="of conv_transpose (default: 0)"
     )
@@ -107,10 +108,13 @@ def _function(options: argparse.Namespace) -> tuple[Callable[..., Any], tuple[An
         return f, (image, jax.ShapeDtypeStruct(shape, jnp.int32))
     channels = shape[-1] if last else shape[-rank - 1]
     window = (*options.window, channels // max(options.groups, 1), options.features or channels)
-    call |= {"output_padding": _each(options.output_padding, rank), "kernel_dilation": dilation}
-    f = functools.partial(jax_mps.conv_transpose, groups=options.groups, **call)
+    call |= {"kernel_dilation": dilation, "groups": options.groups, "data_format": options.data_format}
     kernel = jax.ShapeDtypeStruct(window, image.dtype)
-    return functools.partial(f, data_format=options.data_format), (image, kernel)
+    if options.operation == "conv":
+        more = _each(options.input_dilation, rank)
+        return functools.partial(jax_mps.conv, input_dilation=more, **call), (image, kernel)
+    more = _each(options.output_padding, rank)
+    return functools.partial(jax_mps.conv_transpose, output_padding=more, **call), (image, kernel)
 
 
 def _pull_back(

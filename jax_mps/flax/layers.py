@@ -1,16 +1,17 @@
-"""What `jax_mps.flax.linen` and `jax_mps.flax.nnx` share: Flax's pooling functions, and the transposed layer.
+"""What `jax_mps.flax.linen` and `jax_mps.flax.nnx` share: Flax's pooling functions, and both convolutions.
 
 Defaults and meaning are Flax's. Beyond its arguments there are keyword arguments with those of `jax_mps`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, Literal, Protocol, overload
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import dtypes, lax
 from jax.typing import ArrayLike, DTypeLike
 
 import jax_mps
@@ -263,6 +264,107 @@ def l2_pool(
         ceil_mode=ceil_mode,
         implementation=implementation,
     )
+
+
+# --- the ordinary convolution of a layer --------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Convolution:
+    """`lax.conv_general_dilated` as Flax's `Conv` calls it, channels last, by `jax_mps.conv`.
+
+    What `jax_mps.conv` does not compute is left to stock JAX.
+
+    Attributes:
+      implementation: as for `jax_mps.conv`.
+    """
+
+    implementation: str | None = None
+
+    def __call__(
+        self,
+        lhs: jax.Array,
+        rhs: jax.Array,
+        window_strides: Sequence[int],
+        padding: str | Sequence[tuple[int, int]],
+        *,
+        lhs_dilation: Sequence[int],
+        rhs_dilation: Sequence[int],
+        feature_group_count: int,
+        precision: Precision,
+        preferred_element_type: DTypeLike | None = None,
+        dimension_numbers: Any,
+        **others: Any,
+    ) -> jax.Array:
+        """The convolution of `lhs` with `rhs`; `others` are arguments of newer versions of JAX."""
+        steps = {"strides": window_strides, "input_dilation": lhs_dilation, "kernel_dilation": rhs_dilation}
+        for name, value in steps.items():
+            geometry.per_axis(name, geometry.freeze(name, value), rhs.ndim - 2)
+        if isinstance(padding, str) and all(e == 1 for e in lhs_dilation):
+            extents = [(k - 1) * d + 1 for k, d in zip(rhs.shape[:-2], rhs_dilation, strict=True)]
+            padding = lax.padtype_to_pads(lhs.shape[1:-1], extents, window_strides, padding)
+        reason = _obstacle(lhs, rhs, padding, lhs_dilation, rhs_dilation, preferred_element_type, others)
+        if not reason:
+            return jax_mps.conv(
+                lhs,
+                rhs,
+                strides=window_strides,
+                padding=padding,
+                input_dilation=lhs_dilation,
+                kernel_dilation=rhs_dilation,
+                groups=feature_group_count,
+                precision=precision,
+                preferred_element_type=_canonical(preferred_element_type),
+                implementation=self.implementation,
+            )
+        if self.implementation not in (None, "xla"):
+            raise ValueError(f"implementation={self.implementation!r} cannot be had: {reason}")
+        return lax.conv_general_dilated(
+            lhs,
+            rhs,
+            window_strides,
+            padding,
+            lhs_dilation=lhs_dilation,
+            rhs_dilation=rhs_dilation,
+            dimension_numbers=dimension_numbers,
+            feature_group_count=feature_group_count,
+            precision=precision,
+            preferred_element_type=preferred_element_type,
+            **others,
+        )
+
+
+def _canonical(dtype: DTypeLike | None) -> Any:
+    """The type that stock JAX makes of `dtype`: float32 of float64 without 64-bit types."""
+    return None if dtype is None else dtypes.canonicalize_dtype(dtype)
+
+
+def _obstacle(
+    lhs: jax.Array,
+    rhs: jax.Array,
+    padding: str | Sequence[tuple[int, int]],
+    lhs_dilation: Sequence[int],
+    rhs_dilation: Sequence[int],
+    preferred: DTypeLike | None,
+    others: dict[str, Any],
+) -> str:
+    """Why stock JAX has to compute a convolution; empty if it need not."""
+    if not 3 <= rhs.ndim <= 5:
+        return f"{rhs.ndim - 2} spatial axes, ours are 1 to 3"
+    if lhs.dtype.name not in FLOATS:
+        return f"dtype {lhs.dtype.name}, ours are {', '.join(FLOATS)}"
+    if lhs.dtype != rhs.dtype:
+        return f"operands of two dtypes, {lhs.dtype.name} and {rhs.dtype.name}"
+    wanted = lhs.dtype if preferred is None else _canonical(preferred)
+    if wanted != lhs.dtype and (wanted.name not in FLOATS or wanted.itemsize <= lhs.dtype.itemsize):
+        return f"{lhs.dtype.name} with a result of {wanted.name}"
+    if isinstance(padding, str):  # stock JAX raises
+        return f"padding={padding!r} of an image with an input_dilation"
+    axes = zip(lhs.shape[1:-1], rhs.shape[:-2], padding, lhs_dilation, rhs_dilation, strict=True)
+    room = [(n - 1) * e + low + high - (k - 1) * d for n, k, (low, high), e, d in axes]
+    if 0 in (*lhs.shape, *rhs.shape) or any(geometry.surely_below(n, 1) for n in room):
+        return "an empty array"
+    return next((f"{name}={value}" for name, value in others.items() if value is not None), "")
 
 
 # --- the transposed convolution of a layer ------------------------------------------------------------

@@ -1,8 +1,8 @@
-"""Flax Linen with this library's pooling and transposed convolution.
+"""Flax Linen with this library's pooling and convolutions.
 
     from jax_mps.flax import linen as nn        instead of        from flax import linen as nn
 
-is all that a model changes. Whatever this module does not define is Flax's own: `nn.Module`, `nn.Conv`, ...
+is all that a model changes. Whatever this module does not define is Flax's own: `nn.Module`, `nn.Dense`, ...
 """
 
 from __future__ import annotations
@@ -14,10 +14,73 @@ import jax
 from flax.linen.dtypes import promote_dtype
 
 from jax_mps.flax import layers
-from jax_mps.flax.layers import PaddingConvention, avg_pool, l2_pool, max_pool, max_unpool, min_pool
+from jax_mps.flax.layers import (
+    Convolution,
+    PaddingConvention,
+    avg_pool,
+    l2_pool,
+    max_pool,
+    max_unpool,
+    min_pool,
+)
 from jax_mps.geometry import Ints
 
-__all__ = ["ConvTranspose", "avg_pool", "l2_pool", "max_pool", "max_unpool", "min_pool"]
+__all__ = ["Conv", "ConvTranspose", "avg_pool", "l2_pool", "max_pool", "max_unpool", "min_pool"]
+
+
+class Conv(flax.linen.Conv):
+    """Flax's `Conv`, computed by `jax_mps.conv`.
+
+    It is Flax's layer, and only hands it another `conv_general_dilated`. So arguments, parameters (`kernel`
+    and `bias`), initialisers, types and numbers are those of the Flax that is installed, and a checkpoint of
+    either loads into the other. Stock JAX computes what `jax_mps.conv` does not: integers and complex
+    numbers, more than three spatial axes, empty results.
+
+    Attributes:
+      features: the number of output channels.
+      kernel_size: taps along each spatial axis; an int for one axis.
+      strides: pixels of the inputs from one pixel of the result to the next; None is 1.
+      padding: "SAME", "VALID", "CIRCULAR" (periodic), "REFLECT" (mirrored; not in old versions of Flax),
+        "CAUSAL" (one axis, zeros before it), an int, or for each spatial axis an int or a pair.
+      input_dilation: pixels from one pixel of the inputs to the next, with zeros between them; None is 1.
+        Flax wants paddings as numbers with it.
+      kernel_dilation: pixels from one tap to the next; None is 1.
+      feature_group_count: the number of groups of channels.
+      use_bias: whether a bias is added.
+      mask: what the kernel is multiplied by, in its shape.
+      dtype: the type to compute in; by default that of inputs and parameters together.
+      param_dtype: the type of the parameters.
+      precision: as for `jax_mps.conv`.
+      kernel_init: the kernel's initialiser.
+      bias_init: the bias' initialiser.
+      promote_dtype: the function of `(inputs, kernel, bias, dtype=...)` that brings all to one type.
+      conv_general_dilated: another function to compute the convolution, such as that of `jax.lax`.
+      implementation: None chooses; "native" or "xla" forces a path.
+
+    Raises:
+      TypeError: an argument has the wrong type.
+      ValueError: a value is out of range, shapes disagree, or `implementation="native"` cannot be had.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> from jax_mps.flax import linen as nn
+      >>> x = jnp.ones((1, 8, 8, 3))
+      >>> layer = nn.Conv(16, (3, 3), strides=2, padding="CIRCULAR")
+      >>> y, variables = layer.init_with_output(jax.random.key(0), x)
+      >>> y.shape, variables["params"]["kernel"].shape
+      ((1, 4, 4, 16), (3, 3, 3, 16))
+
+    Source: `flax.linen.Conv`.
+    """
+
+    implementation: str | None = None
+
+    def __post_init__(self) -> None:
+        given = self.conv_general_dilated
+        # A clone is given the function of the layer that it was made from.
+        if self.conv_general_dilated_cls is None and (given is None or isinstance(given, Convolution)):
+            object.__setattr__(self, "conv_general_dilated", Convolution(self.implementation))
+        super().__post_init__()
 
 
 class ConvTranspose(flax.linen.ConvTranspose):

@@ -1,4 +1,4 @@
-"""Flax NNX with this library's pooling and transposed convolution.
+"""Flax NNX with this library's pooling and convolutions.
 
     from jax_mps.flax import nnx        instead of        from flax import nnx
 
@@ -8,7 +8,7 @@ is all that a model changes. Whatever this module does not define is Flax's own:
 from __future__ import annotations
 
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import flax.nnx
 import jax
@@ -19,16 +19,82 @@ from flax.typing import PaddingLike
 from jax.typing import DTypeLike
 
 from jax_mps.flax import layers
-from jax_mps.flax.layers import PaddingConvention, avg_pool, l2_pool, max_pool, max_unpool, min_pool
+from jax_mps.flax.layers import (
+    Convolution,
+    PaddingConvention,
+    avg_pool,
+    l2_pool,
+    max_pool,
+    max_unpool,
+    min_pool,
+)
 from jax_mps.geometry import Ints
 from jax_mps.ops.convolution import Precision
 
 # `Any` would hide the filter `nnx.Any`, so `typing` keeps its name here.
-__all__ = ["ConvTranspose", "avg_pool", "l2_pool", "max_pool", "max_unpool", "min_pool"]
+__all__ = ["Conv", "ConvTranspose", "avg_pool", "l2_pool", "max_pool", "max_unpool", "min_pool"]
 
 
 # What an attribute that may later hold an array is wrapped in; older versions of Flax do not ask for it.
 _data: typing.Any = getattr(flax.nnx, "data", lambda value: value)
+
+
+class Conv(flax.nnx.Conv):
+    """Flax's `Conv`, computed by `jax_mps.conv`.
+
+    It is Flax's layer, and only hands it another `conv_general_dilated`. So arguments, parameters (`kernel`
+    and `bias`), initialisers, types and numbers are those of the Flax that is installed, and a checkpoint of
+    either loads into the other. Stock JAX computes what `jax_mps.conv` does not: integers and complex
+    numbers, more than three spatial axes, empty results.
+
+    Args:
+      in_features: the number of input channels.
+      out_features: the number of output channels.
+      kernel_size: taps along each spatial axis; an int for one axis.
+      strides: pixels of the inputs from one pixel of the result to the next; None is 1.
+      implementation: None chooses; "native" or "xla" forces a path.
+      conv_general_dilated: another function to compute the convolution, such as that of `jax.lax`.
+      options: Flax's other arguments: `padding` ("SAME", "VALID", "CIRCULAR", "REFLECT", "CAUSAL", an int,
+        or for each spatial axis an int or a pair), `input_dilation` (with paddings as numbers alone),
+        `kernel_dilation`, `feature_group_count`, `use_bias`, `mask`, `dtype`, `param_dtype`, `precision`,
+        `kernel_init`, `bias_init`, `promote_dtype`, `preferred_element_type`, `rngs`, `kernel_metadata` and
+        `bias_metadata`, as far as the installed version has them.
+
+    Raises:
+      TypeError: an argument has the wrong type.
+      ValueError: a value is out of range, shapes disagree, or `implementation="native"` cannot be had.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jax_mps.flax import nnx
+      >>> x = jnp.ones((1, 8, 8, 3))
+      >>> layer = nnx.Conv(3, 16, (3, 3), strides=2, padding="CIRCULAR", rngs=nnx.Rngs(0))
+      >>> layer(x).shape, layer.kernel.shape
+      ((1, 4, 4, 16), (3, 3, 3, 16))
+
+    Source: `flax.nnx.Conv`.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        kernel_size: Ints,
+        strides: Ints | None = 1,
+        *,
+        implementation: str | None = None,
+        conv_general_dilated: Callable[..., jax.Array] | None = None,
+        **options: typing.Any,
+    ) -> None:
+        super().__init__(
+            in_features,
+            out_features,
+            kernel_size,
+            strides,
+            conv_general_dilated=conv_general_dilated or Convolution(implementation),
+            **options,
+        )
+        self.implementation = implementation
 
 
 class ConvTranspose(flax.nnx.ConvTranspose):

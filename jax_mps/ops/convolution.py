@@ -1,4 +1,4 @@
-"""Transposed convolution and the two halves of its documented gradient.
+"""Transposed convolution, the two halves of its documented gradient, and ordinary convolution.
 
 Three primitives, each linear in each of its operands, each transpose of one being another of them:
 
@@ -9,6 +9,8 @@ Three primitives, each linear in each of its operands, each transpose of one bei
 where tap k of window j lies at the pixel i = stride * j - low + dilation * k, and taps outside the image are
 left out. These are the windows of the ordinary convolution of y with the same kernel, whose result has the
 shape of x. So each primitive has a `Window`: `window.sizes` belong to y and g, `window.counts` to x and dx.
+
+`conv`, the ordinary convolution, is the second of them under another name, with its image in the place of g.
 """
 
 from __future__ import annotations
@@ -34,6 +36,97 @@ Precision = Any
 """What `jax.lax` takes: None, a `lax.Precision`, its name, or a pair of these for the two operands."""
 
 # --- public functions ---------------------------------------------------------------------------------
+
+
+def conv(
+    x: ArrayLike,
+    kernel: ArrayLike,
+    *,
+    strides: Ints = 1,
+    padding: Padding = "VALID",
+    input_dilation: Ints = 1,
+    kernel_dilation: Ints = 1,
+    groups: int = 1,
+    data_format: DataFormat = "channels_last",
+    precision: Precision = None,
+    preferred_element_type: DTypeLike | None = None,
+    implementation: str | None = None,
+) -> jax.Array:
+    """The ordinary convolution of an image, as neural networks have it: the kernel is not rotated.
+
+        y[..., j, o] = sum over k, c of x[..., i, c] * kernel[k, c, o]
+
+    with `i = strides * j - low + kernel_dilation * k`, and taps outside the image left out. With groups, c
+    and o run over the channels of one group. Sums are formed in float32 (float64 for float64) and rounded
+    once. Linear in `x` and in `kernel`; differentiable to any order.
+
+    It computes what `conv_transpose_gradient_data` does: `conv_transpose(y, kernel, transpose_kernel=True)`,
+    with the same kernel, strides and padding, is its transpose in `x`.
+
+    Args:
+      x: array of shape `(*batch, *spatial, in)`, or `(*batch, in, *spatial)` with
+        `data_format="channels_first"`; 1 to 3 spatial axes, any number of batch axes. float32, float64,
+        float16 or bfloat16.
+      kernel: array of shape `(*window, in / groups, out)` and of the dtype of `x`; its shape says how many
+        spatial axes there are. A weight of PyTorch is one after `jnp.moveaxis(weight, (0, 1), (-1, -2))`.
+      strides: pixels of `x` from one pixel of `y` to the next; an int, or one for each spatial axis.
+      padding: pixels around `x`: "VALID" (none), "SAME" (outputs = ceil(size / strides)), an int for all
+        sides, or a `(low, high)` pair for each spatial axis. Negative numbers crop.
+      input_dilation: pixels from one pixel of `x` to the next: the `input_dilation - 1` zeros between them
+        are pixels of `x` to all other arguments, but are not multiplied. With `strides` above 1 too, the
+        results of stride 1 are computed, and those wanted are picked.
+      kernel_dilation: pixels of `x` from one tap to the next.
+      groups: the number of groups of channels, which divides those of `x` and of `y`; as many groups as
+        channels is depthwise.
+      data_format: "channels_last" or "channels_first".
+      precision: what `jax.lax` calls precision, for matrix units that can multiply with less than float32.
+        Native kernels always have all of it.
+      preferred_element_type: the dtype of the result, a float at least as wide as that of `x`, which is the
+        default.
+      implementation: None chooses; "native" or "xla" forces a path.
+
+    Returns:
+      The array y, with `out` channels and
+      `(size + low + high - kernel_dilation * (window - 1) - 1) // strides + 1` pixels along each spatial
+      axis, where `size` is `(pixels - 1) * input_dilation + 1`.
+
+    Raises:
+      TypeError: an argument has the wrong type, or the dtypes are unsupported or differ.
+      ValueError: a value is out of range, shapes disagree, the output would be empty, or
+        `implementation="native"` cannot be had.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, jax_mps
+      >>> x = jnp.array([1., 2., 3., 4.]).reshape(1, 4, 1)
+      >>> kernel = jnp.array([1., 10., 100.]).reshape(3, 1, 1)
+      >>> jax_mps.conv(x, kernel).ravel()
+      Array([321., 432.], dtype=float32)
+      >>> jax_mps.conv(x, kernel, strides=2, padding=1).ravel()
+      Array([210., 432.], dtype=float32)
+      >>> jax_mps.conv(x, kernel, input_dilation=2, padding="SAME").ravel()
+      Array([ 10., 201.,  20., 302.,  30., 403.,  40.], dtype=float32)
+
+    Source: `MPSCNNConvolution` in MPSCNNConvolution.h; the options are those of PyTorch's `conv2d` and of
+    Flax's `Conv`.
+    """
+    image = operands.array("x", x, FLOATS)
+    weights = operands.array("kernel", kernel, FLOATS)
+    ordinary, transposed, picked, start = geometry.place_conv(
+        image.shape, _taps("kernel", weights.shape), strides, padding, input_dilation, kernel_dilation,
+        data_format,
+    )  # fmt: skip
+    params = _params(image.shape, transposed, start, groups, False, data_format, precision, implementation)
+    outputs = _check_channels("x", image.shape, "kernel", weights.shape, params)
+    operands.check_same_dtype("kernel", weights, "x", image)
+    params["out_dtype"] = _preferred(preferred_element_type, image.dtype)
+    if ordinary is not None:
+        return gradient_data(image, weights, **params | {"window": ordinary, "transpose_kernel": True})
+    y = forward(image, weights, **params)
+    if picked.sizes == picked.counts:
+        return y
+    one = lax.full((1,) * picked.rank + (1, outputs), 1, y.dtype)
+    pick = {"window": picked, "groups": max(outputs, 1), "transpose_kernel": True}
+    return gradient_data(y, one, **params | pick)
 
 
 def conv_transpose(
@@ -278,55 +371,85 @@ def _place(
     source: str,
     kernel: str = "kernel",
 ) -> _Call:
-    """Checks the arguments that all three functions share; `source` and `kernel` name the shapes."""
+    """Checks the arguments that the transposed functions share; `source` and `kernel` name the shapes."""
     geometry.flag("transpose_kernel", transpose_kernel)
-    groups = geometry.integer("groups", groups)
+    window, start = geometry.place_transposed(
+        shape, _taps(kernel, kernel_shape), strides, padding, output_padding, kernel_dilation, data_format
+    )
+    params = _params(
+        shape, window, start, groups, bool(transpose_kernel), data_format, precision, implementation
+    )
+    outputs = _check_channels(source, shape, kernel, kernel_shape, params, f" with {transpose_kernel=}")
+    result = list(shape)
+    result[start : start + window.rank] = window.sizes
+    result[_channel(window, start, params["channels_last"])] = outputs
+    return _Call(params, tuple(result))
+
+
+def _taps(kernel: str, kernel_shape: Sequence[Any]) -> tuple[int, ...]:
+    """Taps along each axis of a kernel of that shape."""
     if not 3 <= len(kernel_shape) <= 5 or not all(isinstance(n, int) for n in kernel_shape):
         raise ValueError(
             f"{kernel} must have 1 to 3 spatial axes and two channel axes of known sizes, "
             f"got shape {tuple(kernel_shape)}"
         )
-    *taps, per_group, full = kernel_shape
-    window, start = geometry.place_transposed(
-        shape, tuple(taps), strides, padding, output_padding, kernel_dilation, data_format
-    )
-    channels_last = data_format == "channels_last"
-    channel = start + window.rank if channels_last else start - 1
+    return tuple(kernel_shape[:-2])
+
+
+def _params(
+    shape: Sequence[Any],
+    window: Window,
+    start: int,
+    groups: int,
+    transpose_kernel: bool,
+    data_format: str,
+    precision: Precision,
+    implementation: str | None,
+) -> dict[str, Any]:
+    """The parameters of the primitives, for an array of that shape."""
+    static = window.is_static() and all(isinstance(n, int) for n in shape)
+    rule.check_implementation(implementation, static=static)
+    return {
+        "window": window,
+        "start": start,
+        "channels_last": data_format == "channels_last",
+        "groups": geometry.integer("groups", groups),
+        "transpose_kernel": transpose_kernel,
+        "precision": _precision(precision),
+        "implementation": implementation,
+    }
+
+
+def _check_channels(
+    source: str,
+    shape: Sequence[Any],
+    kernel: str,
+    kernel_shape: Sequence[int],
+    params: dict[str, Any],
+    choice: str = "",
+) -> int:
+    """The channels of the result; `choice` says why the kernel has this layout."""
+    channel, groups = _channel(params["window"], params["start"], params["channels_last"]), params["groups"]
     if channel < 0:
         raise ValueError(f"{source} needs a channel axis before its spatial axes, got shape {tuple(shape)}")
-    rule.check_implementation(
-        implementation, static=window.is_static() and all(isinstance(n, int) for n in shape)
-    )
-
     inputs = shape[channel]
     if groups < 1:
         raise ValueError(f"groups must be at least 1, got {groups}")
     if inputs % groups != 0:
         raise ValueError(f"groups must divide the {inputs} channels of {source}, got {groups}")
-    if transpose_kernel:
+    per_group, full = kernel_shape[-2:]
+    if params["transpose_kernel"]:
         right, outputs, layout = full == inputs, per_group * groups, "(*window, out / groups, in)"
     else:
         right, outputs, layout = per_group == inputs // groups, full, "(*window, in / groups, out)"
     if not right:
         raise ValueError(
-            f"{kernel} must have shape {layout} with transpose_kernel={transpose_kernel}, where {source} has "
-            f"in = {inputs} channels and groups = {groups}, got {tuple(kernel_shape)}"
+            f"{kernel} must have shape {layout}{choice}, where {source} has in = {inputs} channels and "
+            f"groups = {groups}, got {tuple(kernel_shape)}"
         )
     if outputs % groups != 0:
         raise ValueError(f"groups must divide the {outputs} output channels of {kernel}, got {groups}")
-    params = {
-        "window": window,
-        "start": start,
-        "channels_last": channels_last,
-        "groups": groups,
-        "transpose_kernel": bool(transpose_kernel),
-        "precision": _precision(precision),
-        "implementation": implementation,
-    }
-    result = list(shape)
-    result[start : start + window.rank] = window.sizes
-    result[channel] = outputs
-    return _Call(params, tuple(result))
+    return outputs
 
 
 def _precision(precision: Precision) -> Any:

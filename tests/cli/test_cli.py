@@ -286,6 +286,8 @@ def test_help(arguments, expected, capsys):
         ("max_unpool", "--shape", "2,4,4,3", "--output-shape", "9,8", "--jvp"),
         ("conv_transpose", "--shape", "2,4,4,6", "--window", "3,3", "--groups", "2", "--features", "4",
          "--padding", "1:0,1:1", "--output-padding", "1", "--vjp", "--platform", "mps"),
+        ("conv", "--shape", "2,6,8,6", "--window", "3,3", "--groups", "3", "--features", "9",
+         "--padding", "SAME", "--input-dilation", "1,2", "--vjp"),
     ],
 )  # fmt: skip
 def test_lower_prints_a_program_for_apple(arguments, capsys):

@@ -95,12 +95,17 @@ def test_nnx_models_as_on_flax(name: str) -> None:
 
 @needs_nnx_lists
 def test_discriminators() -> None:
-    """They have none of our layers; Linen and NNX are the same function."""
+    """Ours and those on Flax's layers are the same function, in Linen and in NNX."""
     x = operand(2, 64, 64, 3)
     model = linen_models.Discriminator(channels=2)
     variables = filled_linen(model, x)
     y, statistics = jax.jit(lambda v, x: model.apply(v, x, train=True, mutable="batch_stats"))(variables, x)
     assert y.shape == (2,)
+    stock = models.with_stock_flax(linen_models).Discriminator(channels=2)
+    close(
+        jax.jit(lambda v, x: stock.apply(v, x, train=True, mutable="batch_stats"))(variables, x),
+        (y, statistics),
+    )
 
     other = filled_nnx(lambda rngs: nnx_models.Discriminator(channels=2, rngs=rngs))
     for i, layer in enumerate([*other.downs, other.last]):

@@ -137,6 +137,46 @@ DISJOINT = {
 }
 
 
+ORDINARY = {
+    "groups": {"groups": 8, "padding": 1},
+    "groups, strided": {"groups": 8, "strides": 2, "padding": 1},
+    "depthwise": {"groups": 16, "padding": "SAME"},
+    "dilated": {"kernel_dilation": 2, "padding": 2},
+}
+
+
+@pytest.mark.parametrize("name", ORDINARY)
+def test_cuda_gets_the_ordinary_convolution_as_it_is(name):
+    """Its library is fastest with these; only the gradient to a dilated kernel is a matrix product."""
+    call = ORDINARY[name]
+    x = jax.ShapeDtypeStruct((2, 8, 8, 16), np.float32)
+    kernel = jax.ShapeDtypeStruct((3, 3, 16 // call.get("groups", 1), 16), np.float32)
+    f = functools.partial(jax_mps.conv, **call)
+    functions = [f, lambda x, k: jax.vjp(lambda x: f(x, k), x)[1](f(x, k))[0]]
+    if name != "dilated":
+        functions.append(lambda x, k: jax.vjp(lambda k: f(x, k), k)[1](f(x, k))[0])
+    for count, function in enumerate(functions):
+        found = operations(lower(function, x, kernel, platform="cuda"))
+        names = [o.name for o in found]
+        assert names.count("stablehlo.convolution") == 1 + (count > 0)
+        assert "stablehlo.dot_general" not in names
+
+
+@pytest.mark.parametrize("name", ["dilated", "spread", "spread, strided"])
+@pytest.mark.parametrize("data_format", grid.FORMATS)
+def test_apple_gets_only_what_its_plugins_have_of_the_ordinary_convolution(name, data_format):
+    more = {"spread": {"input_dilation": (2, 1)}, "spread, strided": {"input_dilation": 2, "strides": (3, 2)}}
+    f = functools.partial(jax_mps.conv, data_format=data_format, **more.get(name, ORDINARY["dilated"]))
+    x = jax.ShapeDtypeStruct(convs.image((2,), (8, 7), 4, data_format), np.float32)
+    kernel = jax.ShapeDtypeStruct((3, 3, 4, 6), np.float32)
+
+    def all_of_it(x, k):
+        y, pull_back = jax.vjp(f, x, k)
+        return y, pull_back(y)
+
+    check_is_apple_safe(lower(all_of_it, x, kernel, platform="METAL"))
+
+
 @pytest.mark.parametrize("platform", ["cpu", "cuda", "METAL", "tpu"])
 @pytest.mark.parametrize("name", DISJOINT)
 def test_kernels_of_the_stride_are_one_matrix_product(name, platform):

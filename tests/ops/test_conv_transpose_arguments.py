@@ -1,4 +1,4 @@
-"""Bad arguments of transposed convolution raise while tracing: which argument, which value, which rule."""
+"""Bad arguments of both convolutions raise while tracing: which argument, which value, which rule."""
 
 from __future__ import annotations
 
@@ -39,9 +39,15 @@ def weights(x, kernel, **arguments):
     return jax_mps.conv_transpose_gradient_weights(zeros(G.shape, x.dtype), x, np.shape(kernel), **arguments)
 
 
-FUNCTIONS = {"forward": forward, "data": data, "weights": weights}
-SOURCE = {"forward": "x", "data": "source_shape", "weights": "source"}
-WINDOW = {"forward": "kernel", "data": "kernel", "weights": "kernel_shape"}
+def ordinary(x, kernel, **arguments):
+    return jax_mps.conv(x, kernel, **arguments)
+
+
+FUNCTIONS = {"forward": forward, "data": data, "weights": weights, "ordinary": ordinary}
+SOURCE = {"forward": "x", "data": "source_shape", "weights": "source", "ordinary": "x"}
+WINDOW = {"forward": "kernel", "data": "kernel", "weights": "kernel_shape", "ordinary": "kernel"}
+ELSEWHERE = {"output_padding", "transpose_kernel"}
+"""What the ordinary convolution does not have."""
 every_function = pytest.mark.parametrize("function", FUNCTIONS)
 
 
@@ -62,7 +68,7 @@ def refuse(function, error, match, x=X, kernel=KERNEL, **arguments):
 
 @every_function
 def test_good_arguments_are_accepted(function):
-    like = {"forward": G, "data": X, "weights": KERNEL}[function]
+    like = {"forward": G, "data": X, "weights": KERNEL, "ordinary": np.zeros((2, 1, 2, 4))}[function]
     for arguments in ({}, {"precision": "highest"}, {"preferred_element_type": np.float32}):
         out = jax.eval_shape(lambda x, k: FUNCTIONS[function](x, k, **GOOD, **arguments), X, KERNEL)  # noqa: B023
         assert out.shape == like.shape
@@ -142,8 +148,18 @@ BAD_VALUES = {
 }
 
 
-@pytest.mark.parametrize("name", BAD_VALUES)
-@every_function
+def each_call(table):
+    """Every function with every row of a table that says what the function has."""
+    rows = [
+        (f, name)
+        for f in FUNCTIONS
+        for name, (arguments, _) in table.items()
+        if f != "ordinary" or not (ELSEWHERE & set(arguments) or name == "everything cut off")
+    ]
+    return pytest.mark.parametrize(("function", "name"), rows)
+
+
+@each_call(BAD_VALUES)
 def test_bad_values(function, name):
     arguments, match = BAD_VALUES[name]
     refuse(function, ValueError, match, **arguments)
@@ -185,8 +201,7 @@ BAD_TYPES = {
 }
 
 
-@pytest.mark.parametrize("name", BAD_TYPES)
-@every_function
+@each_call(BAD_TYPES)
 def test_bad_types(function, name):
     arguments, match = BAD_TYPES[name]
     refuse(function, TypeError, match, **arguments)
@@ -210,6 +225,9 @@ def test_one_half_is_no_wider_than_the_other(narrow):
 )
 @every_function
 def test_traced_values(function, argument):
+    if function == "ordinary" and argument in ELSEWHERE:
+        argument = "input_dilation"
+
     def call(value):
         return FUNCTIONS[function](X, KERNEL, **{**GOOD, argument: value})
 
@@ -218,7 +236,7 @@ def test_traced_values(function, argument):
     )
     with pytest.raises(TypeError, match=match):
         jax.jit(call)(1)
-    if argument in ("strides", "output_padding", "kernel_dilation"):
+    if argument in ("strides", "output_padding", "input_dilation", "kernel_dilation"):
         with pytest.raises(TypeError, match=match):
             jax.jit(lambda v: call((v, 1)))(1)
 
@@ -228,6 +246,8 @@ def test_keywords_only(function):
     with pytest.raises(TypeError, match="positional"):
         jax_mps.conv_transpose(X, KERNEL, 2)
     with pytest.raises(TypeError, match="positional"):
+        jax_mps.conv(X, KERNEL, 2)
+    with pytest.raises(TypeError, match="positional"):
         jax_mps.conv_transpose_gradient_data(G, KERNEL, X.shape, 2)
     with pytest.raises(TypeError, match="positional"):
         jax_mps.conv_transpose_gradient_weights(G, X, KERNEL.shape, 2)
@@ -236,7 +256,7 @@ def test_keywords_only(function):
 # --- shapes -------------------------------------------------------------------------------------------
 
 
-@every_function
+@pytest.mark.parametrize("function", ["forward", "data", "weights"])
 def test_kernels_of_a_wrong_shape(function):
     wanted = r"WINDOW must have shape \(\*window, in / groups, out\) with transpose_kernel=False"
     for shape in ((3, 2, 4, 6), (3, 2, 3, 4), (3, 2, 12, 4)):
@@ -257,6 +277,53 @@ def test_kernels_of_a_wrong_shape(function):
         kernel=np.zeros((3, 2, 2, 4), np.float32),
         groups=3,
     )
+
+
+def test_kernels_of_a_wrong_shape_for_the_ordinary_convolution():
+    wanted = (
+        r"kernel must have shape \(\*window, in / groups, out\), where x has in = 6 channels and groups = "
+    )
+    for shape in ((3, 2, 4, 6), (3, 2, 3, 4), (3, 2, 12, 4)):
+        got = rf"1, got \({', '.join(map(str, shape))}\)"
+        refuse("ordinary", ValueError, wanted + got, kernel=np.zeros(shape, np.float32))
+    refuse("ordinary", ValueError, wanted + r"2, got \(3, 2, 6, 4\)", groups=2)
+    refuse("ordinary", ValueError, r"groups must divide the 4 output channels of kernel, got 3", groups=3,
+           kernel=np.zeros((3, 2, 2, 4), np.float32))  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ({"input_dilation": 0}, r"input_dilation must be at least 1 .*0"),
+        ({"input_dilation": (1, -1)}, r"input_dilation must be at least 1 .*\(1, -1\)"),
+        ({"input_dilation": (1,)}, r"input_dilation must have one entry for each of the 2 .*\(1,\)"),
+        (
+            {"kernel_dilation": 3},
+            (
+                r"kernel of 3 taps with kernel_dilation=3 spans 7 pixels, more than the 4 of spatial axis 0 "
+                r"\(size 4, padding \(0, 0\)\): the output size would be below 1"
+            ),
+        ),
+        (
+            {"padding": ((0, 0), (-2, -4)), "input_dilation": (1, 2), "kernel_dilation": (1, 3)},
+            (
+                r"kernel of 2 taps with kernel_dilation=3 spans 4 pixels, more than the 3 of spatial axis 1 "
+                r"\(size 9, padding \(-2, -4\)\): the output size would be below 1"
+            ),
+        ),
+    ],
+    ids=str,
+)
+def test_bad_values_of_the_ordinary_convolution(arguments, match):
+    refuse("ordinary", ValueError, match, **arguments)
+
+
+def test_bad_types_of_the_ordinary_convolution():
+    for value in (1.5, "2", True, None, (1, 2.0)):
+        refuse("ordinary", TypeError, r"input_dilation must be an int", input_dilation=value)
+    for name in ELSEWHERE:
+        with pytest.raises(TypeError, match=name):
+            jax_mps.conv(X, KERNEL, **{name: 1})
 
 
 @every_function
@@ -336,6 +403,8 @@ def test_unsupported_types(dtype):
     refuse("forward", TypeError, f"kernel {match}", kernel=kernel)
     refuse("data", TypeError, match, kernel=kernel)
     refuse("weights", TypeError, match, x)
+    refuse("ordinary", TypeError, f"x {match}", x)
+    refuse("ordinary", TypeError, f"kernel {match}", kernel=kernel)
     with pytest.raises(TypeError, match=f"source_gradient {match}"):
         jax_mps.conv_transpose_gradient_data(g, KERNEL, X.shape, **GOOD)
     with pytest.raises(TypeError, match=f"source_gradient {match}"):
@@ -344,7 +413,8 @@ def test_unsupported_types(dtype):
 
 def test_types_that_differ():
     half = KERNEL.astype(np.float16)
-    refuse("forward", TypeError, "kernel must have the dtype of x, float32, got float16", kernel=half)
+    for function in ("forward", "ordinary"):
+        refuse(function, TypeError, "kernel must have the dtype of x, float32, got float16", kernel=half)
     g = G.astype(jnp.bfloat16)
     with pytest.raises(
         TypeError, match="kernel must have the dtype of source_gradient, bfloat16, got float32"
@@ -362,6 +432,10 @@ def test_not_arrays(function):
         jax_mps.conv_transpose("image", KERNEL)
     with pytest.raises(TypeError):
         jax_mps.conv_transpose(X, "kernel")
+    with pytest.raises(TypeError):
+        jax_mps.conv("image", KERNEL)
+    with pytest.raises(TypeError):
+        jax_mps.conv(X, "kernel")
 
 
 # --- the native implementation where it cannot be had -------------------------------------------------
@@ -374,8 +448,9 @@ calls = [
     lambda i: jax_mps.conv_transpose(x, k, strides=2, implementation=i),
     lambda i: jax_mps.conv_transpose_gradient_data(g, k, x.shape, strides=2, implementation=i),
     lambda i: jax_mps.conv_transpose_gradient_weights(g, x, k.shape, strides=2, implementation=i),
+    lambda i: jax_mps.conv(g, k, strides=2, implementation=i),
 ]
-for call, expected in zip(calls, (1, 2, 4), strict=True):
+for call, expected in zip(calls, (1, 2, 4, 2), strict=True):
     np.testing.assert_array_equal(call(None), np.full(call("xla").shape, expected))
 check_refused(calls)
 print("done")

@@ -55,5 +55,7 @@ def close(actual: Any, expected: Any, tolerance: float = 1e-5) -> None:
     assert structure == jax.tree.structure(expected)
     for ours, theirs in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
-        ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
-        np.testing.assert_allclose(ours, theirs, rtol=0, atol=tolerance * max(1, np.abs(theirs).max()))
+        wide = np.complex128 if jnp.issubdtype(theirs.dtype, jnp.complexfloating) else np.float64
+        ours, theirs = np.asarray(ours, wide), np.asarray(theirs, wide)
+        scale = np.abs(theirs).max(initial=1)
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=tolerance * scale)

@@ -36,8 +36,24 @@ _ORDINARY: tuple[Platform, ...] = ("cpu", "any")
 
 # Times are of the named shapes of `bench/shapes.py`. H100: microseconds of the device, float32 with TF32 /
 # bfloat16, batch 32, JAX 0.11.2, 2026-11-24. CPU: milliseconds, float32, two cores, JAX 0.10.2. The last row
-# for an operation and a platform always fits.
+# for an operation and a platform always fits. Rows that say H200 are times of `conv` and its gradients there,
+# as the host sees them: 32 or 16 images, JAX 0.11.2, 2026-11-28.
 CHOICES = (
+    Choice(
+        ("forward", "data"),
+        ("cuda",),
+        lambda c: c.unstrided and not c.disjoint and (c.groups > 1 or c.dilated),
+        "conv",
+        "3 x 3, H200, data: 28x28x256 in 32 groups 55/62, dot 259/224; dilated 92/71, dot 220/163; "
+        "depthwise 112x112x96 116/89, channelwise 223/183",
+    ),
+    Choice(
+        ("weights",),
+        ("cuda",),
+        lambda c: c.unstrided and not c.disjoint and c.groups > 1,
+        "conv",
+        "the same: 32 groups 136/54, dot 256/217; depthwise 98/98, channelwise 543/524",
+    ),
     Choice(
         _ALL,
         _EVERYWHERE,
@@ -66,6 +82,14 @@ CHOICES = (
         lambda c: c.outputs == c.groups,
         "dot",
         "volume_head, H100: forward 51/49, conv 183/191; data 52/53, conv 74/84; weights 50/42, conv 193/155",
+    ),
+    Choice(
+        _ALL,
+        ("cuda",),
+        lambda c: c.groups >= 8 and not c.dilated,
+        "conv",
+        "k3 s2, 8 groups of 56x56x512, H200: data 116/77, dot 247/167; weights 193/82, dot 264/170; "
+        "with 2 groups of 56x56x64 113/82, dot 69/54",
     ),
     Choice(
         _ALL,

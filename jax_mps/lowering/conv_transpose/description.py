@@ -61,6 +61,10 @@ class Conv:
         return self.groups == self.outputs == self.inputs > 1
 
     @property
+    def unstrided(self) -> bool:
+        return all(axis.stride == 1 for axis in self.window.axes)
+
+    @property
     def disjoint(self) -> bool:
         return all(axis.taps == 1 or axes.disjoint(axis) for axis in self.window.axes)
 
