@@ -86,6 +86,17 @@ inline V Interleaved(V a, V b, std::integer_sequence<int, i...>) {
   return Shuffle<(kFirst + i / 2 + i % 2 * kN)...>(a, b);
 }
 
+// Four vectors of four lanes as the columns of what they were the rows of.
+template <class V>
+inline void Transpose(V (&m)[4]) {
+  const V a = Shuffle<0, 4, 1, 5>(m[0], m[1]), b = Shuffle<2, 6, 3, 7>(m[0], m[1]);
+  const V c = Shuffle<0, 4, 1, 5>(m[2], m[3]), d = Shuffle<2, 6, 3, 7>(m[2], m[3]);
+  m[0] = Shuffle<0, 1, 4, 5>(a, c);
+  m[1] = Shuffle<2, 3, 6, 7>(a, c);
+  m[2] = Shuffle<0, 1, 4, 5>(b, d);
+  m[3] = Shuffle<2, 3, 6, 7>(b, d);
+}
+
 // Whether the lanes of a whole vector of floats or doubles can be picked by a table.
 #if defined(__AVX2__)
 constexpr bool kPicks = true;

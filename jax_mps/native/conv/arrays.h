@@ -14,17 +14,6 @@ namespace {
 
 // ---- Transposition of small blocks.
 
-// Four vectors as the columns of what they were the rows of.
-template <class V>
-inline void Transpose(V (&m)[4]) {
-  const V a = Shuffle<0, 4, 1, 5>(m[0], m[1]), b = Shuffle<2, 6, 3, 7>(m[0], m[1]);
-  const V c = Shuffle<0, 4, 1, 5>(m[2], m[3]), d = Shuffle<2, 6, 3, 7>(m[2], m[3]);
-  m[0] = Shuffle<0, 1, 4, 5>(a, c);
-  m[1] = Shuffle<2, 3, 6, 7>(a, c);
-  m[2] = Shuffle<0, 1, 4, 5>(b, d);
-  m[3] = Shuffle<2, 3, 6, 7>(b, d);
-}
-
 // body(n, row, column) for blocks of n x n numbers, n = 4 or else 1, that cover rows x columns. The last may overlap others.
 template <class Body>
 inline void ForBlocks(int64_t rows, int64_t columns, const Body& body) {

@@ -17,6 +17,7 @@ namespace jax_mps::JAX_MPS_ISA {
 namespace {
 
 constexpr int64_t kLaneBytes = 384 << 10;  // of the planes that are turned around together: in a level-2 cache
+constexpr int64_t kShortRow = 128;         // elements; longer rows fill vectors by themselves
 
 // An array of a call: whether it has the image's pixels, or one element a window; bytes of an element.
 struct ArrayOf {
@@ -68,29 +69,64 @@ inline Arrays ArraysOf(const Problem& problem) {
   }
 }
 
+template <int kBytes>
+struct Unsigned;
+template <>
+struct Unsigned<1> {
+  using type = uint8_t;
+};
+template <>
+struct Unsigned<2> {
+  using type = uint16_t;
+};
+template <>
+struct Unsigned<4> {
+  using type = uint32_t;
+};
+template <>
+struct Unsigned<8> {
+  using type = uint64_t;
+};
+
 // to[column][row] = from[row][column], of kBytes each. Square tiles pass through a copy: the rows of a plane whose size is a
 // power of two compete for few sets of the cache, so each line is read once.
 template <int kBytes>
 inline void TurnUnits(const char* from, char* to, int64_t rows, int64_t columns) {
   constexpr int64_t kTile = 16;
-  const auto turn = [&](auto whole, int64_t row, int64_t column) __attribute__((always_inline)) {
-    constexpr bool kWhole = decltype(whole)::value;
-    const int64_t height = kWhole || row + kTile <= rows ? kTile : rows - row;
-    const int64_t width = kWhole || column + kTile <= columns ? kTile : columns - column;
-    char tile[kTile][kTile * kBytes];
-    for (int64_t r = 0; r < height; ++r)
-      __builtin_memcpy(tile[r], from + ((row + r) * columns + column) * kBytes, width * kBytes);
-    for (int64_t c = 0; c < width; ++c) {
-      char* const target = to + ((column + c) * rows + row) * kBytes;
-      for (int64_t r = 0; r < height; ++r) __builtin_memcpy(target + r * kBytes, tile[r] + c * kBytes, kBytes);
-    }
-  };
   for (int64_t row = 0; row < rows; row += kTile) {
-    int64_t column = 0;
-    if (row + kTile <= rows) {
-      for (; column + kTile <= columns; column += kTile) turn(std::true_type(), row, column);
+    const int64_t height = row + kTile < rows ? kTile : rows - row;
+    for (int64_t column = 0; column < columns; column += kTile) {
+      const int64_t width = column + kTile < columns ? kTile : columns - column;
+      const char* const source = from + (row * columns + column) * kBytes;
+      char* const target = to + (column * rows + row) * kBytes;
+      if (height < kTile || width < kTile) {
+        for (int64_t c = 0; c < width; ++c) {
+          for (int64_t r = 0; r < height; ++r) {
+            __builtin_memcpy(target + (c * rows + r) * kBytes, source + (r * columns + c) * kBytes, kBytes);
+          }
+        }
+        continue;
+      }
+      char tile[kTile][kTile * kBytes];
+      for (int64_t r = 0; r < kTile; ++r) __builtin_memcpy(tile[r], source + r * columns * kBytes, kTile * kBytes);
+      if constexpr (kBytes <= 8) {
+        using V = Vec<typename Unsigned<kBytes>::type, 4>;
+        for (int64_t c = 0; c < kTile; c += 4) {
+          for (int64_t r = 0; r < kTile; r += 4) {
+            V m[4];
+            for (int i = 0; i < 4; ++i) __builtin_memcpy(&m[i], tile[r + i] + c * kBytes, sizeof(V));
+            Transpose(m);
+            for (int i = 0; i < 4; ++i) __builtin_memcpy(target + ((c + i) * rows + r) * kBytes, &m[i], sizeof(V));
+          }
+        }
+      } else {
+        for (int64_t c = 0; c < kTile; ++c) {
+          for (int64_t r = 0; r < kTile; ++r) {
+            __builtin_memcpy(target + (c * rows + r) * kBytes, tile[r] + c * kBytes, kBytes);
+          }
+        }
+      }
     }
-    for (; column < columns; column += kTile) turn(std::false_type(), row, column);
   }
 }
 
@@ -151,7 +187,8 @@ inline Lanes::Lanes(const Problem& problem) : arrays(ArraysOf(problem)), pixels(
   // Positions of unpooling are numbers in a plane.
   if (problem.op == Op::kMaxUnpool || problem.op == Op::kMaxUnpoolTake) return;
   const int64_t vector = kVectorBytes / BytesOf(problem.type);
-  if (geometry.inner >= vector || geometry.outer * geometry.inner < vector || kLaneBytes < vector * plane_bytes) return;
+  if (geometry.inner >= vector || geometry.axis[2].size * geometry.inner > kShortRow) return;
+  if (geometry.outer * geometry.inner < vector || kLaneBytes < vector * plane_bytes) return;
   const int64_t fair = CeilDiv(geometry.outer, 4 * ThreadCount()), room = kLaneBytes / plane_bytes;
   planes = fair < room ? CeilDiv(fair, vector) * vector : room;
 }
