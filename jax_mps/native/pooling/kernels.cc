@@ -10,7 +10,7 @@
 #include "pooling/l2_pool.h"
 #include "pooling/max_pool.h"
 #include "pooling/max_pool_put.h"
-#include "pooling/planes.h"
+#include "pooling/lanes.h"
 #include "pooling/selected_tap.h"
 #include "pooling/unpool.h"
 #include "simd.h"

@@ -19,9 +19,10 @@ from jax_mps.cli.bench.torch_peer import Peer
 
 __all__ = ["Models", "model_case"]
 
-# Gradients of networks with batch normalisation differ by more than rounding: 8 images of a ResNet-18 by 4e-3
-# of the greatest gradient, 2 images by 7e-6. Not explained.
-_TOLERANCES = {"inference": (1e-3,), "train_step": (1e-3, 1e-2)}
+# Rounding turns a ReLU or the winner of a maximum near a tie, which normalisation spreads. Of the greatest
+# gradient, stock float32 is 3.5e-3 off stock float64 for the ResNet-18, and 2.6e-2 for the ResNet-50;
+# accelerated 9e-4 and 2.7e-2.
+_TOLERANCES = {"inference": (1e-3,), "train_step": (1e-3, 5e-2)}
 _TORCH_RATE = 0.0  # PyTorch changes its weights in place, and every call is to compute the same
 
 
