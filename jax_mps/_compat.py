@@ -264,6 +264,7 @@ class StockRules:
                 f"({error}); nothing was replaced"
             ) from error
         self._saved: dict[Any, Any] = {}
+        self._placed: dict[Any, Any] = {}
 
     def stock(self, primitive: Any) -> Callable[..., Any]:
         """The rule that JAX itself has; to be asked before it is replaced."""
@@ -279,18 +280,22 @@ class StockRules:
         """Puts a rule for the CPU in place."""
         self._saved[primitive] = self._cpu.get(primitive)
         mlir.register_lowering(primitive, rule, platform="cpu")
+        self._placed[primitive] = self._cpu[primitive]
         # A cached rule does not see which operations made its operands.
         self._uncacheable.add(primitive)
 
     def restore(self) -> None:
-        """Puts JAX's own rules back."""
+        """Puts JAX's own rules back, except where another library has replaced ours since and calls them."""
         for primitive, entry in self._saved.items():
+            if self._cpu.get(primitive) is not self._placed[primitive]:
+                continue
             self._uncacheable.discard(primitive)
             if entry is None:
                 del self._cpu[primitive]
             else:
                 self._cpu[primitive] = entry
         self._saved.clear()
+        self._placed.clear()
 
 
 class Switch:

@@ -115,7 +115,7 @@ def _turn_on() -> None:
     global _switch, _rules
     rules = _compat.StockRules()
     replacements = [
-        (primitive, _rule(primitive, rules.stock(primitive), read)) for primitive, read in _READERS.items()
+        (primitive, _rule(rules, primitive, read)) for primitive, read in _READERS.items()
     ]
     _switch, _rules = _switch or _compat.Switch(), rules
     for primitive, replacement in replacements:
@@ -124,10 +124,12 @@ def _turn_on() -> None:
 
 
 def _turn_off() -> None:
+    global _rules
     assert _switch is not None
     assert _rules is not None
     _switch.set(False)
     _rules.restore()
+    _rules = None
 
 
 # --- from a primitive to a reading --------------------------------------------------------------------
@@ -185,11 +187,13 @@ _READERS: dict[Any, Callable[..., _Call]] = {
 }
 
 
-def _rule(primitive: Any, stock: Callable[..., Any], read: Callable[..., _Call]) -> Callable[..., Any]:
+def _rule(rules: _compat.StockRules, primitive: Any, read: Callable[..., _Call]) -> Callable[..., Any]:
     """The rule for the CPU: ours where the switch is on and the operation is recognised, or the stock one."""
+    stock = rules.stock(primitive)
 
     def lower(ctx: Any, *operands: Any, **params: Any) -> Any:
-        if _switch is None or not _switch.value:
+        # A second copy of this library may have kept a rule of an earlier turn, to call as the stock one.
+        if _rules is not rules or _switch is None or not _switch.value:
             return stock(ctx, *operands, **params)
         ours, why = False, rule.obstacle(ctx)
         if not why:
