@@ -95,6 +95,18 @@ def test_from_threads() -> None:
 
 
 @pytest.mark.usefixtures("native")
+def test_a_thread_that_lowers_while_another_turns_the_switch() -> None:
+    # Rules are in place before the switch is on, and a program is what the switch was when it began.
+    with jax_mps.accelerate() as handle:
+        assert switch._switch is not None
+        switch._switch.set(False)
+        assert "jax_mps." not in text()
+        switch._switch.set(True)
+        assert "jax_mps." in text()
+    assert len(handle.report()) == 1
+
+
+@pytest.mark.usefixtures("native")
 def test_refused_while_tracing() -> None:
     def traced(x: Any) -> Any:
         jax_mps.accelerate()
