@@ -15,7 +15,7 @@ import pytest
 from jax import lax
 
 import jax_mps
-from jax_mps.stock import choices, convolution, windows
+from jax_mps.stock import choices, convolution, switch, windows
 from jax_mps.stock.report import Row
 
 pytestmark = pytest.mark.usefixtures("native")
@@ -61,29 +61,51 @@ LAYERS = {
 }
 
 
-@pytest.mark.parametrize("groups", [1, 8])
+@pytest.mark.parametrize(("groups", "outputs"), [(1, 16), (8, 8)])
 @pytest.mark.parametrize("layout", ["NHWC", "NCHW"])
 @pytest.mark.parametrize("layer", LAYERS)
-def test_layers_become_the_map_that_moves_nothing(layer: str, layout: str, groups: int) -> None:
+def test_layers_become_the_map_that_moves_nothing(
+    monkeypatch: pytest.MonkeyPatch, layer: str, layout: str, groups: int, outputs: int
+) -> None:
     call, maps = LAYERS[layer]
+    channels = (8, outputs) if layer == "ordinary" else (outputs, 8)  # of the image and its windows
     first = layout == "NCHW"
     x = normal(2, 8, 9, 10) if first else normal(2, 9, 10, 8)
-    k = normal(8, 8 // groups, 3, 3) if first else normal(3, 3, 8 // groups, 8)
+    k = normal(outputs, 8 // groups, 3, 3) if first else normal(3, 3, 8 // groups, outputs)
+    call = call | {"layout": layout, "feature_group_count": groups, "padding": [(1, 2), (0, 1)]}
 
     def everything(x: Any, k: Any) -> Any:
-        y, pull = jax.vjp(
-            functools.partial(convolve, layout=layout, feature_group_count=groups, **call), x, k
-        )
+        y, pull = jax.vjp(functools.partial(convolve, **call), x, k)
         return y, pull(y)
 
+    readings: list[Any] = []
+
+    def choose(reading: Any) -> tuple[bool, str]:
+        readings.append(reading)
+        return choices.choose(reading)
+
+    monkeypatch.setattr(switch, "choose", choose)
     rows = run(everything, x, k)
-    assert sorted(row.why.partition(":")[0] for row in rows) == sorted(maps)
-    assert rows[0].why.startswith(maps[0])
+    assert all(row.ours for row in rows)
+    assert readings[0].map == maps[0]
+    assert sorted(reading.map for reading in readings) == sorted(maps)
+    for reading in readings:
+        assert (reading.batch, reading.outputs, reading.inputs, reading.groups) == (2, *channels, groups)
     with jax_mps.accelerate():
         text = jax.jit(functools.partial(everything)).lower(x, k).compile().as_text()
     moved = re.findall(r"f32\[([\d,]+)\]\S* (?:transpose|reverse|copy)\(", text)
     largest = max((math.prod(map(int, shape.split(","))) for shape in moved), default=0)
     assert largest <= (k.size if first else 0), moved  # PyTorch's kernels are transposed
+
+
+def test_groups_of_images() -> None:
+    def everything(x: Any, k: Any) -> Any:
+        y, pull = jax.vjp(functools.partial(convolve, batch_group_count=3), x, k)
+        return y, pull(y)
+
+    rows = run(everything, normal(6, 7, 8, 4), normal(3, 3, 4, 9))
+    assert len(rows) == 3
+    assert all(row.ours for row in rows)
 
 
 def test_of_readings_that_move_nothing_the_one_with_few_taps_is_taken() -> None:
@@ -94,12 +116,12 @@ def test_of_readings_that_move_nothing_the_one_with_few_taps_is_taken() -> None:
 
 
 @pytest.mark.parametrize("axes", [(0,), (1,), (0, 1), (0, 1, 2), (0, 1, 3), (0, 1, 2, 3)])
-@pytest.mark.parametrize("groups", [1, 2, 6])
-def test_kernels_reversed_along_any_axes(axes: tuple[int, ...], groups: int) -> None:
+@pytest.mark.parametrize(("groups", "outputs"), [(1, 6), (2, 6), (3, 3), (6, 6), (6, 12)])
+def test_kernels_reversed_along_any_axes(axes: tuple[int, ...], groups: int, outputs: int) -> None:
     def f(x: Any, k: Any) -> Any:
         return convolve(x, lax.rev(k, axes), feature_group_count=groups)
 
-    (row,) = run(f, normal(2, 7, 8, 6), normal(3, 3, 6 // groups, 6))
+    (row,) = run(f, normal(2, 7, 8, 6), normal(3, 3, 6 // groups, outputs))
     assert row.ours
 
 
@@ -132,6 +154,12 @@ CONVOLUTIONS_THAT_STAY: dict[str, tuple[str, Callable[..., Any], Sequence[tuple[
         [(1, 5, 5, 2), (3, 3, 2, 2)],
         "float32",
     ),
+    "no pixels but padding": (
+        "an empty array",
+        functools.partial(convolve, padding=[(2, 2)] * 2),
+        [(1, 0, 5, 2), (3, 3, 2, 2)],
+        "float32",
+    ),
     "no images": ("an empty array", convolve, [(0, 5, 5, 2), (3, 3, 2, 2)], "float32"),
     "no channels": ("an empty array", convolve, [(1, 5, 5, 0), (3, 3, 0, 2)], "float32"),
     "no result": (
@@ -152,6 +180,24 @@ CONVOLUTIONS_THAT_STAY: dict[str, tuple[str, Callable[..., Any], Sequence[tuple[
         [(1, 9, 9, 2), (3, 3, 2, 2)],
         "float32",
     ),
+    "padding without end": (
+        "a number of 2**31",
+        functools.partial(convolve, window_strides=(2**30, 1), padding=[(2**31, 0), (0, 0)]),
+        [(1, 9, 9, 2), (3, 3, 2, 2)],
+        "float32",
+    ),
+    "an image moved away": (
+        "a number of 2**31",
+        functools.partial(convolve, padding=[(-(2**31), 2**31 - 1), (0, 0)]),
+        [(1, 9, 9, 2), (3, 3, 2, 2)],
+        "float32",
+    ),
+    "pixels without end": (
+        "a number of 2**31",
+        functools.partial(convolve, window_strides=(2**30, 1)),
+        [(1, 2**31, 9, 2), (3, 3, 2, 2)],
+        "float32",
+    ),
 }
 
 
@@ -163,15 +209,22 @@ def test_convolutions_that_stay_stock(x64: None, name: str) -> None:
     assert all(why in row.why and not row.ours for row in rows), rows
 
 
-def test_operands_of_two_types_have_no_reading() -> None:
-    # JAX converts them; the primitive would allow it.
+@pytest.mark.parametrize(
+    ("kernel", "dtype", "reason"),
+    [
+        ((3, 3, 2, 2), "float16", "operands of two dtypes, float32 and float16"),
+        ((0, 3, 2, 2), "float32", "an empty array"),
+    ],
+)
+def test_kernels_that_only_the_primitive_would_allow(
+    kernel: tuple[int, ...], dtype: str, reason: str
+) -> None:
     x, k = jax.ShapeDtypeStruct((1, 5, 5, 2), np.float32), jax.ShapeDtypeStruct((3, 3, 2, 2), np.float32)
     (equation,) = jax.make_jaxpr(convolve)(x, k).eqns
     out = equation.outvars[0].aval
     assert isinstance(convolution.recognise(x, k, out, equation.params), convolution.Reading)
-    other = jax.ShapeDtypeStruct(k.shape, np.float16)
-    reason = convolution.recognise(x, other, out, equation.params)
-    assert reason == "operands of two dtypes, float32 and float16"
+    other = jax.ShapeDtypeStruct(kernel, jnp.dtype(dtype))
+    assert convolution.recognise(x, other, out, equation.params) == reason
 
 
 # The gradient of a 1 x 1 kernel's layer to one channel: each number is a sum over the channels of a pixel.
