@@ -295,7 +295,9 @@ def test_windows_over_any_axes(kind: str, shape: tuple[int, ...], dims: tuple[in
     "call",
     [
         {"dims": (2, 1), "padding": [(0, 1), (0, 0)]},
+        {"dims": (2, 1), "window_dilation": (3, 1)},
         {"dims": (1, 1), "strides": (2, 1)},
+        {"dims": (1, 1), "strides": (2, 1), "padding": [(0, 4), (0, 0)]},
         {"dims": (1, 1), "padding": [(1, 0), (0, 0)]},
         {"dims": (1, 1), "padding": [(0, 1), (0, 0)]},
     ],
@@ -339,6 +341,10 @@ PADDED: dict[str, tuple[Callable[..., Any], str]] = {
         lambda x: padded(x, [(1, 1, 0), (0, 0, 0)], dims=(3, 1), base_dilation=(2, 1)),
         "spread sum",
     ),
+    "between, then dilated": (
+        lambda x: padded(x, [(0, 0, 1), (0, 0, 0)], dims=(3, 1), base_dilation=(2, 1)),
+        "spread sum",
+    ),
     "between, with strides": (
         lambda x: padded(x, [(0, 0, 1), (0, 0, 0)], dims=(3, 1), strides=(2, 1)),
         "sum",
@@ -380,6 +386,12 @@ def test_windows_of_operands_that_are_read_as_they_were_leave_no_padding() -> No
 
 WINDOWS_THAT_STAY: dict[str, tuple[str, Callable[..., Any], tuple[int, ...], str]] = {
     "integer sums": ("dtype int32", lambda x: reduce(x, "sum", (2, 2)), (4, 4), "int32"),
+    "integer sums between elements": (
+        "dtype int32",
+        lambda x: reduce(x, "sum", (2, 2), base_dilation=(2, 1)),
+        (4, 4),
+        "int32",
+    ),
     "64-bit integers": ("dtype int64", lambda x: reduce(x, "max", (2, 2)), (4, 4), "int64"),
     "maxima between elements": (
         "base_dilation above 1",
@@ -395,6 +407,18 @@ WINDOWS_THAT_STAY: dict[str, tuple[str, Callable[..., Any], tuple[int, ...], str
     ),
     "one element": ("no axis is windowed", lambda x: reduce(x, "max", (1, 1)), (4, 4), "float32"),
     "nothing": ("an empty array", lambda x: reduce(x, "max", (1, 2)), (0, 4), "float32"),
+    "nothing but padding": (
+        "an empty array",
+        lambda x: reduce(x, "max", (1, 2), padding=[(2, 2), (0, 0)]),
+        (0, 4),
+        "float32",
+    ),
+    "an image moved away": (
+        "a number of 2**31",
+        lambda x: reduce(x, "max", (2, 2), padding=[(-(2**31), 2**31 - 1), (0, 0)]),
+        (4, 4),
+        "float32",
+    ),
     "no windows": ("an empty array", lambda x: reduce(x, "sum", (1, 5)), (4, 4), "float32"),
     "four axes": ("windows over 4 axes", lambda x: reduce(x, "max", (2,) * 4), (4,) * 4, "float32"),
     "axes apart": (
@@ -436,6 +460,20 @@ def test_selections(kind: str, mode: str) -> None:
     assert all(row.ours for row in rows), rows
 
 
+@pytest.mark.parametrize("kind", ["max", "min"])
+def test_gradient_of_an_image_that_is_cut_at_its_end(kind: str) -> None:
+    def loss(x: Any, **call: Any) -> Any:
+        return jnp.sum(jnp.sin(reduce(x, kind, (2, 1), **call)))
+
+    x = normal(6, 3)
+    expected = jax.grad(lambda x: loss(x[:-2]))(x)
+    with jax_mps.accelerate() as handle:
+        found = jax.jit(jax.grad(functools.partial(loss, padding=[(0, -2), (0, 0)])))(x)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    assert all(row.ours for row in handle.report())
+    assert [row.operation for row in handle.report()][-1] == "select_and_scatter_add"
+
+
 SELECTION = {
     "select_prim": lax.ge_p,
     "window_dimensions": (2, 1),
@@ -450,6 +488,7 @@ CHANGES: tuple[tuple[dict[str, Any], str | None], ...] = (
     ({"select_prim": lax.le_p}, None),
     ({"select_prim": lax.gt_p}, "it selects by gt"),
     ({"padding": ((-1, 2), (0, 0))}, "negative padding"),
+    ({"padding": ((1, -1), (0, 0))}, None),
     ({"window_dimensions": (6, 1)}, "an empty array"),
 )
 

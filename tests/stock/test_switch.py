@@ -56,6 +56,29 @@ def test_nested_handles_restore_in_any_order() -> None:
 
 
 @pytest.mark.usefixtures("native")
+def test_every_handle_reports_what_is_lowered_while_it_is_active() -> None:
+    with jax_mps.accelerate() as outer:
+        text()
+        with jax_mps.accelerate() as inner:
+            text()
+        text()
+    assert (len(outer.report()), len(inner.report())) == (3, 1)
+
+
+@pytest.mark.usefixtures("native")
+def test_jax_is_left_as_it_was() -> None:
+    def rules() -> list[Any]:
+        known = _compat.StockRules()
+        assert bool(known._uncacheable & set(switch._READERS)) == bool(switch._active)
+        return [known._cpu.get(primitive) for primitive in switch._READERS]
+
+    before = rules()
+    with jax_mps.accelerate():
+        assert all(a is not b for a, b in zip(rules(), before, strict=True))
+    assert rules() == before
+
+
+@pytest.mark.usefixtures("native")
 def test_restores_after_an_error() -> None:
     with pytest.raises(ZeroDivisionError), jax_mps.accelerate():
         _ = 1 // 0
