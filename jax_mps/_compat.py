@@ -22,7 +22,6 @@ from typing import Any
 
 import jax
 import jax.core
-import numpy as np
 from jax import lax
 from jax._src.core import (
     InconclusiveDimensionOperation,  # no public name since JAX 0.11
@@ -264,6 +263,7 @@ class StockRules:
                 f"({error}); nothing was replaced"
             ) from error
         self._saved: dict[Any, Any] = {}
+        self._placed: dict[Any, Any] = {}
 
     def stock(self, primitive: Any) -> Callable[..., Any]:
         """The rule that JAX itself has; to be asked before it is replaced."""
@@ -279,18 +279,26 @@ class StockRules:
         """Puts a rule for the CPU in place."""
         self._saved[primitive] = self._cpu.get(primitive)
         mlir.register_lowering(primitive, rule, platform="cpu")
+        self._placed[primitive] = self._cpu[primitive]
         # A cached rule does not see which operations made its operands.
         self._uncacheable.add(primitive)
 
+    @property
+    def in_place(self) -> bool:
+        return bool(self._saved)
+
     def restore(self) -> None:
-        """Puts JAX's own rules back."""
+        """Puts JAX's own rules back, except where another library has replaced ours since and calls them."""
         for primitive, entry in self._saved.items():
+            if self._cpu.get(primitive) is not self._placed[primitive]:
+                continue
             self._uncacheable.discard(primitive)
             if entry is None:
                 del self._cpu[primitive]
             else:
                 self._cpu[primitive] = entry
         self._saved.clear()
+        self._placed.clear()
 
 
 class Switch:
@@ -330,7 +338,7 @@ def reversed_operand(value: Any) -> tuple[Any, set[int]] | None:
 
 
 def padded_operand(value: Any) -> tuple[Any, tuple[int, ...], list[tuple[int, int, int]]] | None:
-    """If a value is padded with zeros: of what, of which shape, and `(low, high, interior)` for each axis."""
+    """If floats are padded with zeros: of what, of which shape, and `(low, high, interior)` for each axis."""
     operation = _maker(value, "stablehlo.pad")
     if operation is None:
         return None
@@ -338,7 +346,8 @@ def padded_operand(value: Any) -> tuple[Any, tuple[int, ...], list[tuple[int, in
     while (spread := _maker(fill, "stablehlo.broadcast_in_dim")) is not None:
         fill = spread.operands[0]
     constant = _maker(fill, "stablehlo.constant")
-    if constant is None or np.any(np.array(constant.attributes["value"]) != 0):
+    # NumPy reads no attribute of bfloat16.
+    if constant is None or constant.attributes["value"].get_splat_value().value != 0:
         return None
     names = ("edge_padding_low", "edge_padding_high", "interior_padding")
     columns = ([int(n) for n in operation.attributes[name]] for name in names)

@@ -14,6 +14,7 @@ from jax import lax
 
 from jax_mps import _compat
 from jax_mps.lowering import library, rule
+from jax_mps.ops.operands import FLOATS
 from jax_mps.stock import convolution, windows
 from jax_mps.stock.choices import Reading, choose
 from jax_mps.stock.report import Report, Row, type_name
@@ -114,9 +115,7 @@ def accelerate() -> Acceleration:
 def _turn_on() -> None:
     global _switch, _rules
     rules = _compat.StockRules()
-    replacements = [
-        (primitive, _rule(primitive, rules.stock(primitive), read)) for primitive, read in _READERS.items()
-    ]
+    replacements = [(primitive, _rule(rules, primitive, read)) for primitive, read in _READERS.items()]
     _switch, _rules = _switch or _compat.Switch(), rules
     for primitive, replacement in replacements:
         rules.replace(primitive, replacement)
@@ -155,10 +154,12 @@ def _convolution(ctx: Any, lhs: Any, rhs: Any, **params: Any) -> _Call:
 
 def _sum(ctx: Any, x: Any, **params: Any) -> _Call:
     (aval,), (out,) = ctx.avals_in, ctx.avals_out
-    unwindowed = all(pad == (0, 0) for pad in params["padding"]) and all(
-        b == 1 for b in params["base_dilation"]
+    readable = (
+        aval.dtype.name in FLOATS
+        and all(pad == (0, 0) for pad in params["padding"])
+        and all(b == 1 for b in params["base_dilation"])
     )
-    padded = _compat.padded_operand(x) if unwindowed else None
+    padded = _compat.padded_operand(x) if readable else None
     if padded is not None:
         operand, shape, config = padded
         before = jax.ShapeDtypeStruct(shape, aval.dtype)
@@ -185,11 +186,13 @@ _READERS: dict[Any, Callable[..., _Call]] = {
 }
 
 
-def _rule(primitive: Any, stock: Callable[..., Any], read: Callable[..., _Call]) -> Callable[..., Any]:
+def _rule(rules: _compat.StockRules, primitive: Any, read: Callable[..., _Call]) -> Callable[..., Any]:
     """The rule for the CPU: ours where the switch is on and the operation is recognised, or the stock one."""
+    stock = rules.stock(primitive)
 
     def lower(ctx: Any, *operands: Any, **params: Any) -> Any:
-        if _switch is None or not _switch.value:
+        # A second copy of this library may have kept a rule of an earlier turn, to call as the stock one.
+        if not rules.in_place or _switch is None or not _switch.value:
             return stock(ctx, *operands, **params)
         ours, why = False, rule.obstacle(ctx)
         if not why:

@@ -21,6 +21,11 @@ pytestmark = pytest.mark.usefixtures("native")
 GROUP = 25
 """Operations of a test: most of the time of one alone would go into starting it."""
 
+DTYPES = (*["float32"] * 4, "float64", "float16", "bfloat16")
+"""Types of operations, in turn."""
+
+ROUNDING = {"float64": 1e-12, "float32": 2e-5, "float16": 2e-2, "bfloat16": 1e-1}
+
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """`--random N` says how many operations of each kind there are."""
@@ -53,7 +58,9 @@ def compare(
     wanted = derivatives(case.function, [x.astype(reference) for x in case.operands], seed)
     with jax_mps.accelerate() as handle:
         found = derivatives(case.function, case.operands, seed)
-    rounding = {"float32": 2e-5, "float16": 2e-2, "bfloat16": 1e-1}[case.operands[0].dtype.name]
+    rounding = {"float64": 1e-12, "float32": 2e-5, "float16": 2e-2, "bfloat16": 1e-1}[
+        case.operands[0].dtype.name
+    ]
     for name, expected in wanted.items():
         if name in skip:
             continue
@@ -66,7 +73,8 @@ def compare(
 
 def test_convolutions(x64: None, first: int) -> None:
     seeds = range(first, first + GROUP)
-    rows = [row for seed in seeds for row in compare(stock_random.convolution(seed), seed)]
+    cases = {seed: stock_random.convolution(seed, DTYPES[seed % len(DTYPES)]) for seed in seeds}
+    rows = [row for seed, case in cases.items() for row in compare(case, seed)]
     ours = sum(row.ours for row in rows)
     assert ours > 0.6 * len(rows)
     known = ("no array can be the image", "0.85")
@@ -78,11 +86,13 @@ def test_windows(x64: None, kind: str, first: int) -> None:
     """The odd ones with ties, NaN and infinities, whose gradients are where stock JAX has them."""
     rows: list[Any] = []
     for seed in range(first, first + GROUP):
-        case = stock_random.reduction(seed, kind, special=bool(seed % 2))
+        dtype = DTYPES[seed % len(DTYPES)]
+        case = stock_random.reduction(seed, kind, dtype, special=bool(seed % 2))
         if case.differentiable:
             # In which order XLA compares equal maxima for a tangent depends on the shape.
             skip = ("tangent", "second") if seed % 2 and kind != "sum" else ()
-            rows += compare(case, seed, np.float64 if kind == "sum" else np.float32, skip)
+            wide = kind == "sum" or dtype == "float64"
+            rows += compare(case, seed, np.float64 if wide else np.float32, skip)
     assert any(row.ours for row in rows)
     refusals = ("no axis is windowed", "windows over 4 axes", "windows over 5 axes")
     assert all(row.ours or row.why.startswith(refusals) for row in rows)

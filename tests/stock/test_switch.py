@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax._src.interpreters import mlir
 
 import jax_mps
 import processes
@@ -56,6 +57,31 @@ def test_nested_handles_restore_in_any_order() -> None:
 
 
 @pytest.mark.usefixtures("native")
+def test_every_handle_reports_what_is_lowered_while_it_is_active() -> None:
+    with jax_mps.accelerate() as outer:
+        text()
+        with jax_mps.accelerate() as inner:
+            text()
+        text()
+    assert (len(outer.report()), len(inner.report())) == (3, 1)
+
+
+@pytest.mark.usefixtures("native")
+def test_jax_is_left_as_it_was() -> None:
+    uncacheable = getattr(mlir, "_uncacheable_primitives", None)  # newer versions have it
+
+    def rules() -> list[Any]:
+        if uncacheable is not None:
+            assert bool(uncacheable & set(switch._READERS)) == bool(switch._active)
+        return [_compat.StockRules()._cpu.get(primitive) for primitive in switch._READERS]
+
+    before = rules()
+    with jax_mps.accelerate():
+        assert all(a is not b for a, b in zip(rules(), before, strict=True))
+    assert rules() == before
+
+
+@pytest.mark.usefixtures("native")
 def test_restores_after_an_error() -> None:
     with pytest.raises(ZeroDivisionError), jax_mps.accelerate():
         _ = 1 // 0
@@ -92,6 +118,18 @@ def test_from_threads() -> None:
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         assert all(pool.map(one, range(16)))
     assert "jax_mps." not in text()
+
+
+@pytest.mark.usefixtures("native")
+def test_a_thread_that_lowers_while_another_turns_the_switch() -> None:
+    # Rules are in place before the switch is on, and a program is what the switch was when it began.
+    with jax_mps.accelerate() as handle:
+        assert switch._switch is not None
+        switch._switch.set(False)
+        assert "jax_mps." not in text()
+        switch._switch.set(True)
+        assert "jax_mps." in text()
+    assert len(handle.report()) == 1
 
 
 @pytest.mark.usefixtures("native")
