@@ -37,14 +37,6 @@ inline int64_t ListWindowRows(const ConvProblem& p, Range windows, WindowRow* wi
   return number;
 }
 
-template <class Item>
-struct List {
-  const Item* first;
-  int64_t number;
-  const Item* begin() const { return first; }
-  const Item* end() const { return first + number; }
-};
-
 // `count` windows of a block from number `at` on, whose pixels for a tap are in one row of the images: the first one's
 // begins with element `pixel`.
 struct Span {
