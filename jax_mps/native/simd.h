@@ -86,6 +86,12 @@ inline V Interleaved(V a, V b, std::integer_sequence<int, i...>) {
   return Shuffle<(kFirst + i / 2 + i % 2 * kN)...>(a, b);
 }
 
+// Every second lane of two vectors, from the first or the second one on.
+template <bool second, class V, int... i>
+inline V EverySecond(V a, V b, std::integer_sequence<int, i...>) {
+  return Shuffle<(2 * i + second)...>(a, b);
+}
+
 // Whether the lanes of a whole vector of floats or doubles can be picked by a table.
 #if defined(__AVX2__)
 constexpr bool kPicks = true;

@@ -17,6 +17,7 @@
 #include "conv/geometry.h"
 #include "conv/pack.h"
 #include "conv/panels.h"
+#include "conv/planes.h"
 #include "conv/tile.h"
 #include "isa.h"
 #include "parallel_for.h"
@@ -49,16 +50,6 @@ struct Gather {
   int64_t row_room = 0, tap_room = 0;                           // rows or lines; taps
 
   bool forward() const { return problem.op == ConvOp::kForward; }
-
-  Box BoxAt(int64_t unit) const {
-    Box box;
-    for (int a = 3; a >= 0; --a) {
-      const int64_t begin = unit % plan->boxes[a] * plan->box[a];
-      unit /= plan->boxes[a];
-      box.range[a] = {begin, Least(begin + plan->box[a], plan->targets[a])};
-    }
-    return box;
-  }
 
   Box SourceBox(const Box& box) const {
     Box sources = box;
@@ -163,13 +154,14 @@ struct Gather {
   template <class S, class D>
   void RunAcross(const Box& box, const S* from, const View& from_view, D* to, const View& to_view, Range panels, Row* rows,
                  TapRun* taps) const {
+    if (panels.begin == panels.end) return;
     const Panel last = weights.lanes.panel(panels.end - 1);
     const Range lanes = {weights.lanes.panel(panels.begin).start, last.start + last.vectors * kN};
     Run(box, from_view, to_view, rows, taps, [&](List<Row> all, List<TapRun> of_all) {
       const int64_t tiles = (all.number + kRows - 1) / kRows;
       for (int64_t t = 0; t < tiles; ++t) {
         const int64_t begin = all.number * t / tiles, end = all.number * (t + 1) / tiles;
-        MultiplyLanes(end - begin, lanes, from, to, all.first + begin, of_all, weights.data, weights.pitch());
+        MultiplyLanes<false>(end - begin, lanes, from, to, all.first + begin, of_all, weights.data, weights.pitch());
       }
     });
   }
@@ -375,6 +367,15 @@ void SetRooms(Gather<E, R>& gather, const GatherPlan& plan) {
 }
 
 template <class E, class R>
+bool GatherPlanes(const ConvProblem& problem, const GatherPlan& plan, const Array<const E>& source, const Array<R>& target,
+                  int64_t depth, int64_t narrow) {
+  const Planes<E, R> planes = {problem, plan, source, target, depth, narrow};
+  const int64_t units = plan.box_count() * problem.groups;
+  return ParallelFor(*problem.workers, units, static_cast<int64_t>(Effort<E>(problem) / units) + 1,
+                     [&](int64_t begin, int64_t end) { return planes.Work({begin, end}); });
+}
+
+template <class E, class R>
 bool GatherAll(const ConvProblem& problem) {
   using T = Acc<E>;
   const bool forward = problem.op == ConvOp::kForward;
@@ -387,6 +388,10 @@ bool GatherAll(const ConvProblem& problem) {
   const E* const kernel = static_cast<const E*>(problem.operand[1]);
   const Way way = WayOf<E>(problem, depth, narrow);
   const bool across = way == Way::kAcross, overlap = way == Way::kOverlap;
+  if (across && !problem.channels_last) {
+    const GatherPlan plan(problem, kCacheBytes / (4 * sizeof(T)), false, true);
+    if (PlanesFit(problem, plan, kernel)) return GatherPlanes(problem, plan, source, target, depth, narrow);
+  }
   Weights<T> weights = {{across    ? groups * narrow
                          : overlap ? taps * narrow
                                    : narrow},
@@ -404,7 +409,7 @@ bool GatherAll(const ConvProblem& problem) {
 
   Gather<E, R> gather = {problem, nullptr, way, source, target, weights, depth, narrow};
   LayTiles(gather);
-  const GatherPlan plan(problem, PixelsOfBox(gather), overlap);
+  const GatherPlan plan(problem, PixelsOfBox(gather), overlap, false);
   gather.plan = &plan;
   SetRooms(gather, plan);
   const int64_t units = plan.box_count() * gather.splits;
@@ -414,7 +419,7 @@ bool GatherAll(const ConvProblem& problem) {
                          const int64_t box = unit / gather.splits, first = box * gather.splits;
                          next = Least(end, first + gather.splits);  // adjacent panels of a box go together
                          const Range panels = {gather.FirstPanel(unit - first), gather.FirstPanel(next - first)};
-                         if (!gather.Work(gather.BoxAt(box), panels)) return false;
+                         if (!gather.Work(BoxOf(plan, box), panels)) return false;
                        }
                        return true;
                      });

@@ -207,24 +207,6 @@ struct WeightTask {
     return reach;
   }
 
-  static bool Finite(const E* numbers, int64_t count) {
-    Vec<T, kN> sum[4] = {};
-    Sweep<kN>(count, [&](auto lanes, auto vectors, int64_t i) {
-      constexpr int kSome = decltype(lanes)::value;
-      for (int v = 0; v < decltype(vectors)::value; ++v) {
-        const auto number = Load<T, kSome>(numbers + i + v * kSome);
-        if constexpr (kSome == kN) {
-          sum[v] += number - number;
-        } else {
-          for (int lane = 0; lane < kSome; ++lane) sum[0][lane] += number[lane] - number[lane];
-        }
-      }
-    });
-    bool finite = true;
-    for (int lane = 0; lane < kN; ++lane) finite &= sum[0][lane] + sum[1][lane] + sum[2][lane] + sum[3][lane] == 0;
-    return finite;
-  }
-
   struct Room {
     T *rows, *panel;
     Strip<T>* strips;

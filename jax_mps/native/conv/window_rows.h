@@ -64,6 +64,19 @@ struct TapReach {
     }
   }
 
+  bool MeetsLine(const WindowRow& row) const {
+    return row.plane >= windows[0].begin && row.plane < windows[0].end && row.line >= windows[1].begin &&
+           row.line < windows[1].end;
+  }
+
+  // The element of the image that the first window of a row would meet.
+  template <class E>
+  int64_t Pixel(const ConvProblem& p, const Array<const E>& image, const WindowRow& row) const {
+    const int64_t plane = row.batch * image.size[0] + p.axis[0].stride * row.plane + pixel[0];
+    const int64_t line = plane * image.size[1] + p.axis[1].stride * row.line + pixel[1];
+    return (line * image.size[2] + p.axis[2].stride * row.begin + pixel[2]) * image.channels;
+  }
+
   template <class E>
   Span At(const ConvProblem& p, const Array<const E>& image, const WindowRow& window_row) const {
     const int64_t i = window_row.plane, j = window_row.line;
