@@ -18,6 +18,7 @@
 #include "conv/pack.h"
 #include "conv/panels.h"
 #include "conv/planes.h"
+#include "conv/pointwise.h"
 #include "conv/tile.h"
 #include "isa.h"
 #include "parallel_for.h"
@@ -388,6 +389,9 @@ bool GatherAll(const ConvProblem& problem) {
   const E* const kernel = static_cast<const E*>(problem.operand[1]);
   const Way way = WayOf<E>(problem, depth, narrow);
   const bool across = way == Way::kAcross, overlap = way == Way::kOverlap;
+  if constexpr (std::is_same_v<E, T> && std::is_same_v<R, T>) {
+    if (!across && IsPointwise<T>(problem)) return MultiplyPixels<T>(problem, source.data, target.data, depth, narrow);
+  }
   if (across && !problem.channels_last) {
     const GatherPlan plan(problem, kCacheBytes / (4 * sizeof(T)), false, true);
     if (PlanesFit(problem, plan, kernel)) return GatherPlanes(problem, plan, source, target, depth, narrow);

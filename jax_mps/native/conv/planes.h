@@ -331,7 +331,7 @@ inline bool PlanesFit(const ConvProblem& problem, const GatherPlan& plan, const 
     sources *= plan.sources[a + 1], targets *= plan.targets[a + 1];
   }
   const int64_t width = plan.targets[3] / (forward ? problem.axis[2].stride : 1);
-  return 3 * width >= kLanes<Acc<E>> && reached <= 4 * (sources + targets) &&
+  return 3 * width >= kLanes<Acc<E>> && reached <= 2 * (sources + targets) &&
          Finite(kernel, TapCount(problem) * (problem.in / problem.groups) * problem.out);
 }
 
