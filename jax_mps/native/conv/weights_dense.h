@@ -434,11 +434,13 @@ struct DirectTask {
 
   void Add(int64_t windows, const T* image_data, const T* line, List<Meeting> met, T* sums) const {
     const int64_t row_step = problem.axis[2].stride * image.channels, lane_step = source.channels;
-    const int64_t tiles = (met.number + kRows - 1) / kRows, height = tiles > 0 ? (met.number + tiles - 1) / tiles : 0;
+    // With one vector of lanes, more rows: a product must not wait for the sum before it.
+    const int64_t most = lanes.whole() > 1 ? kRows : ScatteredRows(1), tiles = (met.number + most - 1) / most;
+    const int64_t height = tiles > 0 ? (met.number + tiles - 1) / tiles : 0;
     for (const Meeting *first = met.begin(), *last; first != met.end(); first = last) {
       last = first + Least(height, met.end() - first);
       Range all = {0, windows};  // of all rows
-      WeightRow<T> tile[kRows];
+      WeightRow<T> tile[TileRows(1)];
       for (const Meeting* m = first; m != last; ++m) {
         tile[m - first] = {image_data + m->first, m->row * kPitch};
         all = {Most(all.begin, m->windows.begin), Least(all.end, m->windows.end)};
