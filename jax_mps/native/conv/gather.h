@@ -48,7 +48,7 @@ struct Gather {
   int64_t source_pitch = 0, target_pitch = 0, group_pitch = 0;  // of tiles
   int64_t splits = 1;                                           // of the panels
   int64_t product_room = 0, source_room = 0, target_room = 0;   // elements of scratch
-  int64_t row_room = 0, tap_room = 0;                           // rows or lines; taps
+  int64_t row_room = 0, tap_room = 0;                           // rows, taps
 
   bool forward() const { return problem.op == ConvOp::kForward; }
 

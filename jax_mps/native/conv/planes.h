@@ -137,6 +137,7 @@ struct Planes {
   // What is done for every plane of a box.
   struct Layout {
     Box box;
+    Range reached[3];                 // the sources that targets read, in the array or not
     Range pixels;                     // of a line of the source that are read, in the copy
     int64_t part, line, plane, copy;  // elements between neighbours of each kind in the copy
     int64_t tile_line;
@@ -169,8 +170,38 @@ struct Planes {
   }
 
   Layout Prepare(const Box& box, const Room& room) const {
-    Layout l = {box};
-    Range reached[3], inside[3];
+    Layout l = {};
+    l.box = box;
+    ListCopies(l, room);
+    const int64_t width = CeilDiv(box.length(3), target_step());
+    l.direct = target_step() == 1 && width >= kN;
+    l.tile_line = RoundUp(width, kN);
+    l.rows = {room.rows, 0}, l.out = room.out, l.jobs = {room.jobs, 0};
+    TapRun* taps = room.taps;
+    for (int64_t a = 0; a < plan.segments[0]; ++a) {
+      for (int64_t b = 0; b < plan.segments[1]; ++b) {
+        const int64_t begin = l.rows.number;
+        ListLines(l, plan.segment[0][a], plan.segment[1][b], room);
+        for (int64_t c = 0; c < plan.segments[2]; ++c) {
+          const Segment& along = plan.segment[2][c];
+          const Range in_line = Inside(along, box.range[3]);
+          const List<TapRun> all = ListTaps(l, plan.segment[0][a], plan.segment[1][b], along, in_line.begin, taps);
+          taps += all.number;
+          if (in_line.begin < in_line.end) {
+            const int64_t lanes = l.direct ? width : RoundUp(in_line.end - in_line.begin, kN);
+            ListJobs(l, {begin, l.rows.number}, lanes, l.direct ? 0 : along.target * l.tile_line, all, room.jobs);
+          }
+        }
+      }
+    }
+    return l;
+  }
+
+  // Where the copies of lines lie; what is not of a line is zero for all planes.
+  void ListCopies(Layout& l, const Room& room) const {
+    const Box& box = l.box;
+    Range* const reached = l.reached;
+    Range inside[3];
     for (int a = 0; a < 3; ++a) {
       reached[a] = Reached(a, box.range[a + 1]);
       inside[a] = SourcesOf(problem.axis[a], forward(), box.range[a + 1]);
@@ -189,42 +220,25 @@ struct Planes {
       }
     }
     l.in = {room.in, number};
-    const int64_t width = CeilDiv(box.length(3), target_step());
-    l.direct = target_step() == 1 && width >= kN;
-    l.tile_line = RoundUp(width, kN);
-    l.rows = {room.rows, 0}, l.out = room.out, l.jobs = {room.jobs, 0};
-    TapRun* taps = room.taps;
-    for (int64_t a = 0; a < plan.segments[0]; ++a) {
-      for (int64_t b = 0; b < plan.segments[1]; ++b) {
-        const Segment s[2] = {plan.segment[0][a], plan.segment[1][b]};
-        const Range in[2] = {Inside(s[0], box.range[1]), Inside(s[1], box.range[2])};
-        const int64_t begin = l.rows.number;
-        for (int64_t i = in[0].begin; i < in[0].end; ++i) {
-          for (int64_t j = in[1].begin; j < in[1].end; ++j) {
-            const int64_t n = l.rows.number++;
-            room.out[n] = ((s[0].target + s[0].step * i) * target.size[1] + s[1].target + s[1].step * j) * target.size[2] +
-                          box.range[3].begin;
-            room.rows[n] = {(s[0].source + s[0].source_step * i - reached[0].begin) * l.plane +
-                                (s[1].source + s[1].source_step * j - reached[1].begin) * l.line,
-                            l.direct ? room.out[n] : n * target_step() * l.tile_line};
-          }
-        }
-        for (int64_t c = 0; c < plan.segments[2]; ++c) {
-          const Segment& along = plan.segment[2][c];
-          const Range in_line = Inside(along, box.range[3]);
-          const List<TapRun> all = ListTaps(l, s[0], s[1], along, in_line.begin, reached[2].begin, taps);
-          taps += all.number;
-          if (in_line.begin < in_line.end) {
-            const int64_t lanes = l.direct ? width : RoundUp(in_line.end - in_line.begin, kN);
-            ListJobs(l, {begin, l.rows.number}, lanes, l.direct ? 0 : along.target * l.tile_line, all, room.jobs);
-          }
-        }
-      }
-    }
-    return l;
   }
 
-  List<TapRun> ListTaps(const Layout& l, const Segment& a, const Segment& b, const Segment& c, int64_t u, int64_t origin,
+  // The lines of a phase.
+  void ListLines(Layout& l, const Segment& a, const Segment& b, const Room& room) const {
+    const Range planes = Inside(a, l.box.range[1]), lines = Inside(b, l.box.range[2]);
+    for (int64_t i = planes.begin; i < planes.end; ++i) {
+      for (int64_t j = lines.begin; j < lines.end; ++j) {
+        const int64_t n = l.rows.number++;
+        room.out[n] =
+            ((a.target + a.step * i) * target.size[1] + b.target + b.step * j) * target.size[2] + l.box.range[3].begin;
+        room.rows[n] = {(a.source + a.source_step * i - l.reached[0].begin) * l.plane +
+                            (b.source + b.source_step * j - l.reached[1].begin) * l.line,
+                        l.direct ? room.out[n] : n * target_step() * l.tile_line};
+      }
+    }
+  }
+
+  // The taps of a phase, whose first target in a line is number u.
+  List<TapRun> ListTaps(const Layout& l, const Segment& a, const Segment& b, const Segment& c, int64_t u,
                         TapRun* taps) const {
     int64_t number = 0;
     for (int64_t i = 0; i < a.taps; ++i) {
@@ -232,7 +246,7 @@ struct Planes {
         for (int64_t k = 0; k < c.taps; ++k) {
           const int64_t row = (a.tap + i * a.tap_step) * problem.axis[1].taps + b.tap + j * b.tap_step;
           const int64_t tap = row * problem.axis[2].taps + c.tap + k * c.tap_step;
-          const int64_t x = c.source + c.source_step * u + c.tap_source * k - origin;
+          const int64_t x = c.source + c.source_step * u + c.tap_source * k - l.reached[2].begin;
           const int64_t at =
               i * a.tap_source * l.plane + j * b.tap_source * l.line + x % source_step() * l.part + x / source_step();
           for (int64_t d = 0; d < depth; ++d) taps[number++] = {at + d * l.copy, tap * depth + d, 1};
@@ -303,7 +317,10 @@ struct Planes {
     T* const scratch = static_cast<T*>(Scratch(numbers * sizeof(T) + steps() * sizeof(TapRun) + jobs * sizeof(Job) +
                                                (in + lines) * sizeof(Row) + lines * sizeof(int64_t)));
     if (scratch == nullptr) return false;
-    Room room = {scratch, scratch + copied, scratch + copied + RoundUp(tile, 16)};
+    Room room = {};
+    room.copies = scratch;
+    room.tile = scratch + copied;
+    room.of_channel = room.tile + RoundUp(tile, 16);
     room.taps = reinterpret_cast<TapRun*>(scratch + numbers);
     room.jobs = reinterpret_cast<Job*>(room.taps + steps());
     room.in = reinterpret_cast<Row*>(room.jobs + jobs);
