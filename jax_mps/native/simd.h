@@ -97,6 +97,12 @@ inline void Transpose(V (&m)[4]) {
   m[3] = Shuffle<2, 3, 6, 7>(b, d);
 }
 
+// Every second lane of two vectors, from the first or the second one on.
+template <bool second, class V, int... i>
+inline V EverySecond(V a, V b, std::integer_sequence<int, i...>) {
+  return Shuffle<(2 * i + second)...>(a, b);
+}
+
 // Whether the lanes of a whole vector of floats or doubles can be picked by a table.
 #if defined(__AVX2__)
 constexpr bool kPicks = true;

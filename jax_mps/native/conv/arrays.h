@@ -81,6 +81,16 @@ struct View {
   int64_t at(int a, int64_t i) const { return (i - low[a]) * stride[a]; }
 };
 
+inline Box BoxOf(const GatherPlan& plan, int64_t number) {
+  Box box;
+  for (int a = 3; a >= 0; --a) {
+    const int64_t begin = number % plan.boxes[a] * plan.box[a];
+    number /= plan.boxes[a];
+    box.range[a] = {begin, Least(begin + plan.box[a], plan.targets[a])};
+  }
+  return box;
+}
+
 inline View ViewOf(const Box& box, int64_t pitch) {
   View view;
   for (int a = 3; a >= 0; --a) {
@@ -214,6 +224,28 @@ inline Array<E> Windows(const ConvProblem& p, void* data) {
 template <class E>
 inline Array<E> Image(const ConvProblem& p, void* data) {
   return {static_cast<E*>(data), {p.axis[0].size, p.axis[1].size, p.axis[2].size}, p.out, p.channels_last};
+}
+
+// Whether zeros times these are zeros.
+template <class E>
+inline bool Finite(const E* numbers, int64_t count) {
+  using T = Acc<E>;
+  constexpr int kN = kLanes<T>;
+  Vec<T, kN> sum[4] = {};
+  Sweep<kN>(count, [&](auto lanes, auto vectors, int64_t i) {
+    constexpr int kSome = decltype(lanes)::value;
+    for (int v = 0; v < decltype(vectors)::value; ++v) {
+      const auto number = Load<T, kSome>(numbers + i + v * kSome);
+      if constexpr (kSome == kN) {
+        sum[v] += number - number;
+      } else {
+        for (int lane = 0; lane < kSome; ++lane) sum[0][lane] += number[lane] - number[lane];
+      }
+    }
+  });
+  bool finite = true;
+  for (int lane = 0; lane < kN; ++lane) finite &= sum[0][lane] + sum[1][lane] + sum[2][lane] + sum[3][lane] == 0;
+  return finite;
 }
 
 inline int64_t TapCount(const ConvProblem& p) { return p.axis[0].taps * p.axis[1].taps * p.axis[2].taps; }

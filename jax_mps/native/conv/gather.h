@@ -5,17 +5,20 @@
 //   forward         pixels of one phase that read the same taps; the panel holds output channels. Where the outputs are too
 //                   few to fill vectors, windows are multiplied with all taps at once and the products overlap-added.
 //   data gradient   windows that read the same taps; the panel holds input channels.
-// Groups of few channels have their channels in lanes instead, and a row is read in vectors.
+// Groups of few channels have their channels in lanes instead (across.h).
 #pragma once
 
 #include <cstdint>
 #include <type_traits>
 
 #include "axis.h"
+#include "conv/across.h"
 #include "conv/arrays.h"
 #include "conv/geometry.h"
 #include "conv/pack.h"
 #include "conv/panels.h"
+#include "conv/planes.h"
+#include "conv/pointwise.h"
 #include "conv/tile.h"
 #include "isa.h"
 #include "parallel_for.h"
@@ -24,6 +27,10 @@
 
 namespace jax_mps::JAX_MPS_ISA {
 namespace {
+
+// What meets what: an element of the source all lanes of a panel; a lane the same lane; or an element all taps at once,
+// whose products are then added to the pixels.
+enum class Way { kDense, kAcross, kOverlap };
 
 template <class E, class R>
 struct Gather {
@@ -40,19 +47,10 @@ struct Gather {
   bool direct_source = false, direct_target = false;            // arrays that need no tile
   int64_t source_pitch = 0, target_pitch = 0, group_pitch = 0;  // of tiles
   int64_t splits = 1;                                           // of the panels
-  int64_t product_room = 0, source_room = 0, target_room = 0, row_room = 0, tap_room = 0;  // elements of scratch
+  int64_t product_room = 0, source_room = 0, target_room = 0;   // elements of scratch
+  int64_t row_room = 0, tap_room = 0;                           // rows, taps
 
   bool forward() const { return problem.op == ConvOp::kForward; }
-
-  Box BoxAt(int64_t unit) const {
-    Box box;
-    for (int a = 3; a >= 0; --a) {
-      const int64_t begin = unit % plan->boxes[a] * plan->box[a];
-      unit /= plan->boxes[a];
-      box.range[a] = {begin, Least(begin + plan->box[a], plan->targets[a])};
-    }
-    return box;
-  }
 
   Box SourceBox(const Box& box) const {
     Box sources = box;
@@ -98,9 +96,10 @@ struct Gather {
     return {Least(begin, segment.count), Least(end, segment.count)};
   }
 
-  template <Way way, class S>
-  void Run(const Box& box, const S* from, const View& from_view, T* to, const View& to_view, Range panels, Row* rows,
-           TapRun* taps) const {
+  // multiply(rows, taps) for the targets of a box that read the same taps.
+  template <class Multiply>
+  void Run(const Box& box, const View& from_view, const View& to_view, Row* rows, TapRun* taps,
+           const Multiply& multiply) const {
     const Segment* s[3];
     Range in[3];
     for (int64_t a = 0; a < plan->segments[0]; ++a) {
@@ -134,30 +133,38 @@ struct Gather {
             }
           }
           const int64_t tap_count = ListTaps(s, from_view, way == Way::kAcross ? source_pitch / depth : 0, taps);
-          MultiplyAll<way>(count, from, to, group_pitch, rows, taps, tap_count, panels);
+          multiply(List<Row>{rows, count}, List<TapRun>{taps, tap_count});
         }
       }
     }
   }
 
-  template <Way way, class S>
-  void MultiplyAll(int64_t count, const S* from, T* to, int64_t group_pitch, const Row* rows, const TapRun* taps,
-                   int64_t tap_count, Range panels) const {
+  void MultiplyAll(List<Row> rows, const T* from, T* to, int64_t group_pitch, List<TapRun> taps, Range panels) const {
     const Lanes<T>& lanes = weights.lanes;
-    const int64_t panels_of_group = lanes.panels(), first = panels.begin / panels_of_group;
-    // Across, a row is short work: finish the channels of few rows before the next ones.
-    const int64_t some = way == Way::kDense ? count : kRows;
-    for (int64_t begin = 0; begin < count; begin += some) {
-      int64_t group = first, number = panels.begin - first * panels_of_group;
-      for (int64_t p = panels.begin; p < panels.end; ++p) {
-        const Panel panel = lanes.panel(number);
-        MultiplyPanel<way, kPanel>(panel.vectors, Least(some, count - begin),
-                                   from + (way == Way::kDense ? group * depth : panel.start),
-                                   to + group * group_pitch + panel.start, rows + begin, taps, tap_count,
-                                   weights.data + group * weights.group_size() + panel.first * weights.steps * kN);
-        if (++number == panels_of_group) number = 0, ++group;
-      }
+    int64_t group = panels.begin / lanes.panels(), number = panels.begin % lanes.panels();
+    for (int64_t p = panels.begin; p < panels.end; ++p) {
+      const Panel panel = lanes.panel(number);
+      MultiplyPanel<kPanel>(panel.vectors, rows.number, from + group * depth, to + group * group_pitch + panel.start,
+                            rows.first, taps.first, taps.number,
+                            weights.data + group * weights.group_size() + panel.first * weights.steps * kN);
+      if (++number == lanes.panels()) number = 0, ++group;
     }
+  }
+
+  // Across groups a row is short work: the channels of few rows, then the next ones. Tiles of rows are of equal height.
+  template <class S, class D>
+  void RunAcross(const Box& box, const S* from, const View& from_view, D* to, const View& to_view, Range panels, Row* rows,
+                 TapRun* taps) const {
+    if (panels.begin == panels.end) return;
+    const Panel last = weights.lanes.panel(panels.end - 1);
+    const Range lanes = {weights.lanes.panel(panels.begin).start, last.start + last.vectors * kN};
+    Run(box, from_view, to_view, rows, taps, [&](List<Row> all, List<TapRun> of_all) {
+      const int64_t tiles = (all.number + kRows - 1) / kRows;
+      for (int64_t t = 0; t < tiles; ++t) {
+        const int64_t begin = all.number * t / tiles, end = all.number * (t + 1) / tiles;
+        MultiplyLanes<false>(end - begin, lanes, from, to, all.first + begin, of_all, weights.data, weights.pitch());
+      }
+    });
   }
 
   // All windows that touch the box times all taps, a row at a time; the products are added to the box.
@@ -185,7 +192,7 @@ struct Gather {
           }
           for (int64_t w = 0; w < width; ++w) rows[w] = {w * source.channels, w * pitch};
           const TapRun all = {0, 0, depth};
-          MultiplyAll<Way::kDense>(width, from, products, group_width, rows, &all, 1, {0, weights.panels()});
+          MultiplyAll({rows, width}, from, products, group_width, {&all, 1}, {0, weights.panels()});
           for (int64_t k0 = 0; k0 < axis[0].taps; ++k0) {
             const int64_t plane = axis[0].stride * i - axis[0].low + axis[0].dilation * k0;
             if (plane < box.range[1].begin || plane >= box.range[1].end) continue;
@@ -229,9 +236,7 @@ struct Gather {
     return first + (overlaps ? 1 : 0);
   }
 
-  bool Work(int64_t unit) const {
-    const Box box = BoxAt(unit / splits);
-    const Range panels = {FirstPanel(unit % splits), FirstPanel(unit % splits + 1)};
+  bool Work(const Box& box, Range panels) const {
     const int64_t numbers = product_room + source_room + target_room;
     T* products = static_cast<T*>(Scratch(numbers * sizeof(T) + row_room * sizeof(Row) + tap_room * sizeof(TapRun)));
     if (products == nullptr) return false;
@@ -260,11 +265,12 @@ struct Gather {
       }
       const T* const same = direct_source ? reinterpret_cast<const T*>(source.data) : stage;
       if (way == Way::kDense) {
-        Run<Way::kDense>(box, same, from_view, to, to_view, panels, rows, taps);
+        Run(box, from_view, to_view, rows, taps,
+            [&](List<Row> all, List<TapRun> of_all) { MultiplyAll(all, same, to, group_pitch, of_all, panels); });
       } else if (direct_source) {
-        Run<Way::kAcross>(box, source.data, from_view, to, to_view, panels, rows, taps);
+        RunAcross(box, source.data, from_view, target.data, to_view, panels, rows, taps);
       } else {
-        Run<Way::kAcross>(box, same, from_view, to, to_view, panels, rows, taps);
+        RunAcross(box, same, from_view, to, to_view, panels, rows, taps);
       }
     }
     if (!direct_target) EmitPanels(box, tile, panels);
@@ -273,7 +279,7 @@ struct Gather {
 
   void EmitPanels(const Box& box, const T* tile, Range panels) const {
     const Lanes<T>& lanes = weights.lanes;
-    if (way == Way::kOverlap || splits == 1) {
+    if (way == Way::kOverlap || panels.end - panels.begin == weights.panels()) {
       const int64_t groups = target_pitch / group_pitch;
       if (group_pitch * groups == target.channels) return Emit(tile, target_pitch, target, box, {0, target.channels});
       for (int64_t g = 0; g < groups; ++g) {
@@ -324,7 +330,8 @@ void LayTiles(Gather<E, R>& gather) {
   const Lanes<T>& lanes = gather.weights.lanes;
   const bool depthwise = gather.depth == 1 && gather.narrow == 1 && gather.source.channels >= kN;
   gather.direct_source = last && (across ? depthwise : std::is_same_v<E, T>);
-  gather.direct_target = last && std::is_same_v<R, T> && (overlap || lanes.count >= kN);
+  gather.direct_target =
+      (across && gather.direct_source) || (last && std::is_same_v<R, T> && (overlap || lanes.count >= kN));
   gather.source_pitch = across ? gather.depth * lanes.padded() : gather.source.channels;
   gather.group_pitch = overlap ? gather.narrow : lanes.padded();
   gather.target_pitch = gather.group_pitch * gather.weights.groups;
@@ -361,6 +368,15 @@ void SetRooms(Gather<E, R>& gather, const GatherPlan& plan) {
 }
 
 template <class E, class R>
+bool GatherPlanes(const ConvProblem& problem, const GatherPlan& plan, const Array<const E>& source, const Array<R>& target,
+                  int64_t depth, int64_t narrow) {
+  const Planes<E, R> planes = {problem, plan, source, target, depth, narrow};
+  const int64_t units = plan.box_count() * problem.groups;
+  return ParallelFor(*problem.workers, units, static_cast<int64_t>(Effort<E>(problem) / units) + 1,
+                     [&](int64_t begin, int64_t end) { return planes.Work({begin, end}); });
+}
+
+template <class E, class R>
 bool GatherAll(const ConvProblem& problem) {
   using T = Acc<E>;
   const bool forward = problem.op == ConvOp::kForward;
@@ -370,33 +386,44 @@ bool GatherAll(const ConvProblem& problem) {
   const Array<const E> source = forward ? Windows<const E>(problem, operand) : Image<const E>(problem, operand);
   const Array<R> target = forward ? Image<R>(problem, problem.result) : Windows<R>(problem, problem.result);
 
+  const E* const kernel = static_cast<const E*>(problem.operand[1]);
   const Way way = WayOf<E>(problem, depth, narrow);
   const bool across = way == Way::kAcross, overlap = way == Way::kOverlap;
+  if constexpr (std::is_same_v<E, T> && std::is_same_v<R, T>) {
+    if (!across && IsPointwise<T>(problem)) return MultiplyPixels<T>(problem, source.data, target.data, depth, narrow);
+  }
+  if (across && !problem.channels_last) {
+    const GatherPlan plan(problem, kCacheBytes / (4 * sizeof(T)), false, true);
+    if (PlanesFit(problem, plan, kernel)) return GatherPlanes(problem, plan, source, target, depth, narrow);
+  }
   Weights<T> weights = {{across    ? groups * narrow
                          : overlap ? taps * narrow
                                    : narrow},
                         across ? 1 : groups,
                         overlap ? depth : taps * depth,
+                        across,
                         nullptr};
   const Buffer packed(weights.groups * weights.group_size() * static_cast<int64_t>(sizeof(T)));
   if (packed.data() == nullptr) return false;
   weights.data = static_cast<const T*>(packed.data());
-  if (!PackKernel(*problem.workers, static_cast<const E*>(problem.operand[1]),
-                  StridesOf(problem, way, narrow, weights.lanes.count), overlap ? 1 : taps, depth, weights,
-                  static_cast<T*>(packed.data()))) {
+  if (!PackKernel(*problem.workers, kernel, StridesOf(problem, way, narrow, weights.lanes.count), overlap ? 1 : taps, depth,
+                  weights, static_cast<T*>(packed.data()))) {
     return false;
   }
 
   Gather<E, R> gather = {problem, nullptr, way, source, target, weights, depth, narrow};
   LayTiles(gather);
-  const GatherPlan plan(problem, PixelsOfBox(gather), overlap);
+  const GatherPlan plan(problem, PixelsOfBox(gather), overlap, false);
   gather.plan = &plan;
   SetRooms(gather, plan);
   const int64_t units = plan.box_count() * gather.splits;
   return ParallelFor(*problem.workers, units, static_cast<int64_t>(Effort<E>(problem) / units) + 1,
                      [&](int64_t begin, int64_t end) {
-                       for (int64_t unit = begin; unit < end; ++unit) {
-                         if (!gather.Work(unit)) return false;
+                       for (int64_t unit = begin, next; unit < end; unit = next) {
+                         const int64_t box = unit / gather.splits, first = box * gather.splits;
+                         next = Least(end, first + gather.splits);  // adjacent panels of a box go together
+                         const Range panels = {gather.FirstPanel(unit - first), gather.FirstPanel(next - first)};
+                         if (!gather.Work(BoxOf(plan, box), panels)) return false;
                        }
                        return true;
                      });

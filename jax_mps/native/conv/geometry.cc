@@ -37,7 +37,7 @@ Range Clamp(int64_t begin, int64_t end, int64_t limit) {
 }
 
 // Pixels of one phase read windows through every tap_step-th tap.
-void CutPixels(const Axis& axis, std::vector<Segment>& segments) {
+void CutPixels(const Axis& axis, bool whole, std::vector<Segment>& segments) {
   const int64_t common = std::gcd(axis.stride, axis.dilation);
   const int64_t tap_step = axis.stride / common, back = axis.dilation / common;
   const int64_t phases = std::min(axis.stride, axis.size);
@@ -56,6 +56,11 @@ void CutPixels(const Axis& axis, std::vector<Segment>& segments) {
     all.tap = first[phase];
     all.source = FloorDiv(phase + axis.low - axis.dilation * all.tap, axis.stride);
     const int64_t taps = (axis.taps - all.tap - 1) / tap_step + 1;
+    if (whole) {
+      all.taps = taps;
+      segments.push_back(all);
+      continue;
+    }
     Cut(
         all,
         [&](int64_t u) {
@@ -66,9 +71,11 @@ void CutPixels(const Axis& axis, std::vector<Segment>& segments) {
   }
 }
 
-void CutWindows(const Axis& axis, std::vector<Segment>& segments) {
+void CutWindows(const Axis& axis, bool whole, std::vector<Segment>& segments) {
+  const Segment all = {0, 1, axis.windows, -axis.low, axis.stride, 0, whole ? axis.taps : 0, 1, axis.dilation};
+  if (whole) return segments.push_back(all);
   Cut(
-      {0, 1, axis.windows, -axis.low, axis.stride, 0, 0, 1, axis.dilation},
+      all,
       [&](int64_t window) {
         const int64_t first = axis.stride * window - axis.low;
         return Clamp(CeilDiv(-first, axis.dilation), CeilDiv(axis.size - first, axis.dilation), axis.taps);
@@ -76,7 +83,40 @@ void CutWindows(const Axis& axis, std::vector<Segment>& segments) {
       segments);
 }
 
+bool IsPlain(const Axis& axis) {
+  return axis.taps == 1 && axis.low == 0 && axis.size == axis.windows && (axis.stride == 1 || axis.size == 1);
+}
+
+Axis Plain(int64_t size) {
+  Axis axis;
+  axis.size = axis.windows = size;
+  return axis;
+}
+
 }  // namespace
+
+ConvProblem Folded(const ConvProblem& problem) {
+  ConvProblem p = problem;
+  Axis* const axis = p.axis;
+  for (int n = 0; n < 2 && IsPlain(axis[2]) && axis[2].size == 1; ++n) {
+    axis[2] = axis[1], axis[1] = axis[0], axis[0] = Axis();
+  }
+  for (int a = 0; a < 2 && IsPlain(axis[a]); ++a) {
+    if (p.channels_last) {
+      p.batch *= axis[a].size;
+    } else if (IsPlain(axis[a + 1])) {
+      axis[a + 1] = Plain(axis[a].size * axis[a + 1].size);
+    } else {
+      break;
+    }
+    axis[a] = Axis();
+  }
+  if (p.channels_last && IsPlain(axis[0]) && IsPlain(axis[1]) && IsPlain(axis[2])) {
+    axis[2] = Plain(p.batch * axis[2].size);
+    p.batch = 1;
+  }
+  return p;
+}
 
 Range SourcesOf(const Axis& axis, bool forward, Range targets) {
   const int64_t reach = axis.dilation * (axis.taps - 1);
@@ -97,14 +137,14 @@ struct GatherPlan::Storage {
   std::vector<Segment> segments[3];
 };
 
-GatherPlan::GatherPlan(const ConvProblem& problem, int64_t pixels, bool compact) {
+GatherPlan::GatherPlan(const ConvProblem& problem, int64_t pixels, bool compact, bool whole) {
   const bool forward = problem.op == ConvOp::kForward;
   storage_ = new Storage;
   targets[0] = sources[0] = problem.batch;
   int64_t phases[4] = {1, 1, 1, 1};
   for (int a = 0; a < 3; ++a) {
     const Axis& axis = problem.axis[a];
-    (forward ? CutPixels : CutWindows)(axis, storage_->segments[a]);
+    (forward ? CutPixels : CutWindows)(axis, whole, storage_->segments[a]);
     segment[a] = storage_->segments[a].data();
     segments[a] = storage_->segments[a].size();
     targets[a + 1] = forward ? axis.size : axis.windows;

@@ -31,8 +31,12 @@ struct ConvProblem {
   const Workers* workers;
 };
 
+// The same sums over fewer axes: one that windows do not touch joins its neighbour or the batch, one of a single pixel goes
+// first.
+ConvProblem Folded(const ConvProblem& problem);
+
 // Targets begin + step * u, u < count, along one axis. For u = 0 tap number t is tap + tap_step * t and reads the source
-// source + tap_source * t; both sides advance with u.
+// source + tap_source * t; both sides advance with u. All of them are in the source, or the segment is a whole phase.
 struct Segment {
   int64_t target, step, count;
   int64_t source, source_step;
@@ -54,7 +58,8 @@ struct GatherPlan {
   int64_t box[4], boxes[4];
 
   // Boxes hold about `pixels` targets. Compact ones have short borders: what they read there is worked on twice.
-  GatherPlan(const ConvProblem& problem, int64_t pixels, bool compact);
+  // Segments are whole phases, or what of them reads the same taps.
+  GatherPlan(const ConvProblem& problem, int64_t pixels, bool compact, bool whole);
   ~GatherPlan();
   GatherPlan(const GatherPlan&) = delete;
 

@@ -22,7 +22,8 @@ bool ConvTranspose(const ConvProblem& problem) {
 
 }  // namespace
 
-bool Execute(const ConvProblem& problem) {
+bool Execute(const ConvProblem& given) {
+  const ConvProblem problem = Folded(given);
   switch (problem.type) {
     case Type::kF32:
       return ConvTranspose<float>(problem);

@@ -13,7 +13,7 @@
 namespace jax_mps::JAX_MPS_ISA {
 namespace {
 
-// The kernel, packed into panels: [group][panel][tap][depth][vectors].
+// The kernel, packed into panels: [group][panel][tap][depth][vectors]. Joined lanes are one panel.
 
 // Where entry (group, tap, lane, depth) lies. Lanes count `inner` ones of `lane`, then one of `outer`, and so on.
 struct KernelStrides {
@@ -24,9 +24,12 @@ template <class T>
 struct Weights {
   Lanes<T> lanes;
   int64_t groups, steps;  // steps: taps * depth
+  bool joined;
   const T* data;
 
-  int64_t group_size() const { return lanes.vectors() * kLanes<T> * steps; }
+  // Of joined lanes: 16 more, so that the steps do not share sets of the cache.
+  int64_t pitch() const { return lanes.vectors() * kLanes<T> + (joined ? 16 : 0); }
+  int64_t group_size() const { return pitch() * steps; }
   int64_t panels() const { return groups * lanes.panels(); }
 };
 
@@ -35,16 +38,17 @@ bool PackKernel(const Workers& workers, const E* kernel, const KernelStrides& st
                 const Weights<T>& weights, T* packed) {
   constexpr int kN = kLanes<T>;
   const Lanes<T>& lanes = weights.lanes;
-  const int64_t panels = lanes.panels(), units = weights.panels() * taps;
-  const int64_t bytes = depth * kPanel * kN * static_cast<int64_t>(sizeof(T));
+  const int64_t panels = weights.joined ? 1 : lanes.panels(), units = weights.groups * panels * taps;
   if (units == 0 || depth == 0) return true;
+  const int64_t bytes = weights.group_size() / (panels * taps) * static_cast<int64_t>(sizeof(T));
   return ParallelFor(workers, units, 4 * bytes, [&](int64_t begin, int64_t end) {
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t tap = unit % taps, group = unit / taps / panels;
-      const auto [start, vectors, first] = lanes.panel(unit / taps % panels);
-      T* to = packed + group * weights.group_size() + (first * weights.steps + tap * depth * vectors) * kN;
+      const auto [start, vectors, first] = weights.joined ? Panel{0, lanes.vectors(), 0} : lanes.panel(unit / taps % panels);
+      const int64_t pitch = weights.joined ? weights.pitch() : vectors * kN;
+      T* to = packed + group * weights.group_size() + first * weights.steps * kN + tap * depth * pitch;
       const E* from = kernel + strides.base + group * strides.group + tap * strides.tap;
-      const int64_t count = Least(vectors * kN, lanes.count - start), pitch = vectors * kN;
+      const int64_t count = Least(vectors * kN, lanes.count - start);
       for (int64_t d = 0; count < pitch && d < depth; ++d) {
         for (int64_t lane = count; lane < pitch; ++lane) to[d * pitch + lane] = 0;
       }

@@ -42,6 +42,14 @@ inline int64_t Least(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t Most(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t RoundUp(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
 
+template <class Item>
+struct List {
+  const Item* first;
+  int64_t number;
+  const Item* begin() const { return first; }
+  const Item* end() const { return first + number; }
+};
+
 // Lanes are cut into panels of adjacent vectors. Where a part of a vector is left, a panel of one vector ends with the last
 // lane and overlaps its neighbour, so that no vector is partial unless there is no other.
 struct Panel {

@@ -84,12 +84,15 @@ bool StageAll(const ConvProblem& problem, const Array<const E>& from, int64_t pi
 }
 
 // The side that leaves fewer lanes of its vectors empty gets the lanes, and the other side is packed as rows. Where both are
-// alike, the rows are the side that is sooner packed: the source once, or the image once a tap.
+// alike, the rows are the side that is sooner packed: the source once, or the image once a tap. With one tap
+// and many channels the lanes are the side whose channels are adjacent in the kernel: its sums need no transposition.
 template <class T>
-inline bool ImageFillsLanes(int64_t in, int64_t columns, int64_t taps, int64_t out) {
+inline bool ImageFillsLanes(const ConvProblem& p, int64_t columns) {
+  const int64_t in = p.in / p.groups, out = p.out / p.groups, taps = TapCount(p);
   constexpr int64_t kN = kLanes<T>;
   const int64_t of_image = RoundUp(columns, kN) * in, of_source = RoundUp(in, kN) * columns;
-  return of_image != of_source ? of_image < of_source : in < taps * out;
+  if (of_image != of_source) return of_image < of_source;
+  return taps == 1 && Least(in, out) >= 8 * kN ? !p.transpose_kernel : in < taps * out;
 }
 
 template <class E, class R>
@@ -97,9 +100,10 @@ bool DenseWeightGradient(const ConvProblem& problem, const Array<const E>& image
                          int64_t windows, R* result) {
   using T = Acc<E>;
   const int64_t in = problem.in / problem.groups, out = problem.out / problem.groups, taps = TapCount(problem);
-  // With more rows than there are windows in a line, the ends of the lines cost more than packing does.
+  // With more rows than there are windows in a line, the ends of the lines cost more than packing does; and the image's
+  // channels of a block must stay in a level-1 cache, as each tile reads some of them.
   if constexpr (std::is_same_v<E, T>) {
-    if (in >= kLanes<T> && taps * out <= Least(problem.axis[2].windows, 128)) {
+    if (in >= kLanes<T> && out <= 32 && taps * out <= Least(problem.axis[2].windows, 128)) {
       return RunTask(DirectTask<T>(problem, image, source), problem, windows, result);
     }
   }
@@ -107,7 +111,7 @@ bool DenseWeightGradient(const ConvProblem& problem, const Array<const E>& image
   const bool joins = problem.groups == 1 && problem.axis[2].dilation == 1 && out < kLanes<T>;
   bool unfit = false;
   const auto run = [&](int64_t run_taps) {
-    const bool image_lanes = ImageFillsLanes<T>(in, run_taps * out, taps, out);
+    const bool image_lanes = ImageFillsLanes<T>(problem, run_taps * out);
     return RunTask(WeightTask<E, T>(problem, image, source, image_lanes, run_taps, &unfit), problem, windows, result);
   };
   if (!run(joins ? problem.axis[2].taps : 1)) return false;

@@ -207,24 +207,6 @@ struct WeightTask {
     return reach;
   }
 
-  static bool Finite(const E* numbers, int64_t count) {
-    Vec<T, kN> sum[4] = {};
-    Sweep<kN>(count, [&](auto lanes, auto vectors, int64_t i) {
-      constexpr int kSome = decltype(lanes)::value;
-      for (int v = 0; v < decltype(vectors)::value; ++v) {
-        const auto number = Load<T, kSome>(numbers + i + v * kSome);
-        if constexpr (kSome == kN) {
-          sum[v] += number - number;
-        } else {
-          for (int lane = 0; lane < kSome; ++lane) sum[0][lane] += number[lane] - number[lane];
-        }
-      }
-    });
-    bool finite = true;
-    for (int lane = 0; lane < kN; ++lane) finite &= sum[0][lane] + sum[1][lane] + sum[2][lane] + sum[3][lane] == 0;
-    return finite;
-  }
-
   struct Room {
     T *rows, *panel;
     Strip<T>* strips;
@@ -452,11 +434,13 @@ struct DirectTask {
 
   void Add(int64_t windows, const T* image_data, const T* line, List<Meeting> met, T* sums) const {
     const int64_t row_step = problem.axis[2].stride * image.channels, lane_step = source.channels;
-    const int64_t tiles = (met.number + kRows - 1) / kRows, height = tiles > 0 ? (met.number + tiles - 1) / tiles : 0;
+    // With one vector of lanes, more rows: a product must not wait for the sum before it.
+    const int64_t most = lanes.whole() > 1 ? kRows : ScatteredRows(1), tiles = (met.number + most - 1) / most;
+    const int64_t height = tiles > 0 ? (met.number + tiles - 1) / tiles : 0;
     for (const Meeting *first = met.begin(), *last; first != met.end(); first = last) {
       last = first + Least(height, met.end() - first);
       Range all = {0, windows};  // of all rows
-      WeightRow<T> tile[kRows];
+      WeightRow<T> tile[TileRows(1)];
       for (const Meeting* m = first; m != last; ++m) {
         tile[m - first] = {image_data + m->first, m->row * kPitch};
         all = {Most(all.begin, m->windows.begin), Least(all.end, m->windows.end)};

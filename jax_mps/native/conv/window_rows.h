@@ -37,14 +37,6 @@ inline int64_t ListWindowRows(const ConvProblem& p, Range windows, WindowRow* wi
   return number;
 }
 
-template <class Item>
-struct List {
-  const Item* first;
-  int64_t number;
-  const Item* begin() const { return first; }
-  const Item* end() const { return first + number; }
-};
-
 // `count` windows of a block from number `at` on, whose pixels for a tap are in one row of the images: the first one's
 // begins with element `pixel`.
 struct Span {
@@ -70,6 +62,19 @@ struct TapReach {
       windows[a] = Reached(p.axis[a], k);
       pixel[a] = p.axis[a].dilation * k - p.axis[a].low;
     }
+  }
+
+  bool MeetsLine(const WindowRow& row) const {
+    return row.plane >= windows[0].begin && row.plane < windows[0].end && row.line >= windows[1].begin &&
+           row.line < windows[1].end;
+  }
+
+  // The element of the image that the first window of a row would meet.
+  template <class E>
+  int64_t Pixel(const ConvProblem& p, const Array<const E>& image, const WindowRow& row) const {
+    const int64_t plane = row.batch * image.size[0] + p.axis[0].stride * row.plane + pixel[0];
+    const int64_t line = plane * image.size[1] + p.axis[1].stride * row.line + pixel[1];
+    return (line * image.size[2] + p.axis[2].stride * row.begin + pixel[2]) * image.channels;
   }
 
   template <class E>

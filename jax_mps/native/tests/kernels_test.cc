@@ -713,6 +713,14 @@ ConvProblem RandomConvolution(Type type) {
     const int64_t whole = (axis.windows - 1) * axis.stride + axis.dilation * (axis.taps - 1) + 1;
     axis.size = std::max<int64_t>(1, whole - axis.low + random_number(-3, 3));
   }
+  if (random_number.OneIn(6)) {  // axes that windows do not touch, all of them or some
+    const int64_t pixels[] = {0, 300, 20, 8};
+    for (int64_t a = 3 - rank; a < 3; ++a) {
+      if (random_number.OneIn(5)) continue;
+      p.axis[a] = Axis();
+      p.axis[a].size = p.axis[a].windows = random_number(1, pixels[rank]);
+    }
+  }
   if (rank == 1 && p.in * p.out / p.groups < 200 && random_number.OneIn(4)) {  // more windows than one task adds up
     p.axis[2].size += 2000 * p.axis[2].stride;
     p.axis[2].windows += 2000;
