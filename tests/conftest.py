@@ -35,7 +35,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--random",
         type=int,
-        default=300,
+        default=200,
         metavar="N",
         help="random cases of stock operations and of MPS classes",
     )

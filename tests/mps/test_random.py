@@ -49,8 +49,9 @@ def test_cases_are_the_same_everywhere_and_not_trivial():
 
 
 @pytest.mark.parametrize("name", mps_random.CLASSES)
-def test_native(name, native, x64):
-    compare(name, range(200), "native")
+def test_native(name, native, x64, request):
+    """`--random N` says how many."""
+    compare(name, range(request.config.getoption("--random")), "native")
 
 
 @pytest.mark.parametrize("name", mps_random.CLASSES)
@@ -60,9 +61,8 @@ def test_xla(name, x64):
 
 @pytest.mark.full
 @pytest.mark.parametrize("name", mps_random.CLASSES)
-def test_many(name, implementation, x64, request):
-    """`--random N` says how many; 2,000 take an hour."""
-    compare(name, range(200, request.config.getoption("--random")), implementation)
+def test_many_with_xla(name, x64, request):
+    compare(name, range(request.config.getoption("--random")), "xla")
 
 
 def compare(name, indices, implementation):
