@@ -16,8 +16,10 @@
 namespace jax_mps::JAX_MPS_ISA {
 namespace {
 
-constexpr int64_t kLaneBytes = 384 << 10;  // of the planes that are turned around together: in a level-2 cache
-constexpr int64_t kShortRow = 128;         // elements; longer rows fill vectors by themselves
+constexpr int64_t kLaneBytes = 64 << 10;   // of the planes that are turned around together, if a vector has no more
+constexpr int64_t kMostBytes = 384 << 10;  // of those of one vector: in a level-2 cache
+constexpr int64_t kAlign = 64;
+constexpr int64_t kShortRow = 128;  // elements; longer rows fill vectors by themselves
 
 // An array of a call: whether it has the image's pixels, or one element a window; bytes of an element.
 struct ArrayOf {
@@ -88,27 +90,27 @@ struct Unsigned<8> {
   using type = uint64_t;
 };
 
-// to[column][row] = from[row][column], of kBytes each. Square tiles pass through a copy: the rows of a plane whose size is a
-// power of two compete for few sets of the cache, so each line is read once.
+// to[column * to_pitch + row] = from[row * from_pitch + column], of kBytes each. Square tiles pass through a copy: the rows
+// of a plane whose size is a power of two compete for few sets of the cache, so each line is read once.
 template <int kBytes>
-inline void TurnUnits(const char* from, char* to, int64_t rows, int64_t columns) {
+inline void TurnUnits(const char* from, int64_t from_pitch, char* to, int64_t to_pitch, int64_t rows, int64_t columns) {
   constexpr int64_t kTile = 16;
   for (int64_t row = 0; row < rows; row += kTile) {
     const int64_t height = row + kTile < rows ? kTile : rows - row;
     for (int64_t column = 0; column < columns; column += kTile) {
       const int64_t width = column + kTile < columns ? kTile : columns - column;
-      const char* const source = from + (row * columns + column) * kBytes;
-      char* const target = to + (column * rows + row) * kBytes;
+      const char* const source = from + (row * from_pitch + column) * kBytes;
+      char* const target = to + (column * to_pitch + row) * kBytes;
       if (height < kTile || width < kTile) {
         for (int64_t c = 0; c < width; ++c) {
           for (int64_t r = 0; r < height; ++r) {
-            __builtin_memcpy(target + (c * rows + r) * kBytes, source + (r * columns + c) * kBytes, kBytes);
+            __builtin_memcpy(target + (c * to_pitch + r) * kBytes, source + (r * from_pitch + c) * kBytes, kBytes);
           }
         }
         continue;
       }
       char tile[kTile][kTile * kBytes];
-      for (int64_t r = 0; r < kTile; ++r) __builtin_memcpy(tile[r], source + r * columns * kBytes, kTile * kBytes);
+      for (int64_t r = 0; r < kTile; ++r) __builtin_memcpy(tile[r], source + r * from_pitch * kBytes, kTile * kBytes);
       if constexpr (kBytes <= 8) {
         using V = Vec<typename Unsigned<kBytes>::type, 4>;
         for (int64_t c = 0; c < kTile; c += 4) {
@@ -116,13 +118,13 @@ inline void TurnUnits(const char* from, char* to, int64_t rows, int64_t columns)
             V m[4];
             for (int i = 0; i < 4; ++i) __builtin_memcpy(&m[i], tile[r + i] + c * kBytes, sizeof(V));
             Transpose(m);
-            for (int i = 0; i < 4; ++i) __builtin_memcpy(target + ((c + i) * rows + r) * kBytes, &m[i], sizeof(V));
+            for (int i = 0; i < 4; ++i) __builtin_memcpy(target + ((c + i) * to_pitch + r) * kBytes, &m[i], sizeof(V));
           }
         }
       } else {
         for (int64_t c = 0; c < kTile; ++c) {
           for (int64_t r = 0; r < kTile; ++r) {
-            __builtin_memcpy(target + (c * rows + r) * kBytes, tile[r] + c * kBytes, kBytes);
+            __builtin_memcpy(target + (c * to_pitch + r) * kBytes, tile[r] + c * kBytes, kBytes);
           }
         }
       }
@@ -132,36 +134,35 @@ inline void TurnUnits(const char* from, char* to, int64_t rows, int64_t columns)
 
 // Of units that have no size of their own: as many pieces as a unit has.
 template <int kBytes>
-inline void TurnPieces(const char* from, char* to, int64_t rows, int64_t columns, int64_t count) {
+inline void TurnPieces(const char* from, int64_t from_pitch, char* to, int64_t to_pitch, int64_t rows, int64_t columns,
+                       int64_t count) {
   for (int64_t row = 0; row < rows; ++row) {
     for (int64_t column = 0; column < columns; ++column) {
-      for (int64_t i = 0; i < count; ++i) {
-        __builtin_memcpy(to + ((column * rows + row) * count + i) * kBytes,
-                         from + ((row * columns + column) * count + i) * kBytes, kBytes);
-      }
+      const char* const source = from + (row * from_pitch + column) * count * kBytes;
+      char* const target = to + (column * to_pitch + row) * count * kBytes;
+      for (int64_t i = 0; i < count; ++i) __builtin_memcpy(target + i * kBytes, source + i * kBytes, kBytes);
     }
   }
 }
 
-inline void Turn(const void* from, void* to, int64_t rows, int64_t columns, int64_t bytes) {
-  const char* source = static_cast<const char*>(from);
-  char* target = static_cast<char*>(to);
+inline void Turn(const char* from, int64_t from_pitch, char* to, int64_t to_pitch, int64_t rows, int64_t columns,
+                 int64_t bytes) {
   switch (bytes) {
     case 1:
-      return TurnUnits<1>(source, target, rows, columns);
+      return TurnUnits<1>(from, from_pitch, to, to_pitch, rows, columns);
     case 2:
-      return TurnUnits<2>(source, target, rows, columns);
+      return TurnUnits<2>(from, from_pitch, to, to_pitch, rows, columns);
     case 4:
-      return TurnUnits<4>(source, target, rows, columns);
+      return TurnUnits<4>(from, from_pitch, to, to_pitch, rows, columns);
     case 8:
-      return TurnUnits<8>(source, target, rows, columns);
+      return TurnUnits<8>(from, from_pitch, to, to_pitch, rows, columns);
     case 12:
-      return TurnUnits<12>(source, target, rows, columns);
+      return TurnUnits<12>(from, from_pitch, to, to_pitch, rows, columns);
     case 16:
-      return TurnUnits<16>(source, target, rows, columns);
+      return TurnUnits<16>(from, from_pitch, to, to_pitch, rows, columns);
     default:
-      return bytes % 4 == 0 ? TurnPieces<4>(source, target, rows, columns, bytes / 4)
-                            : TurnPieces<1>(source, target, rows, columns, bytes);
+      if (bytes % 4 == 0) return TurnPieces<4>(from, from_pitch, to, to_pitch, rows, columns, bytes / 4);
+      return TurnPieces<1>(from, from_pitch, to, to_pitch, rows, columns, bytes);
   }
 }
 
@@ -171,11 +172,13 @@ struct Lanes {
   int64_t pixels, windows;
   int64_t plane_bytes;  // of all arrays
   int64_t planes;       // together; 0 if rows are better
+  int64_t fewest;       // those of one vector
   explicit Lanes(const Problem& problem);
   int64_t Count(const ArrayOf& array) const { return array.image ? pixels : windows; }
 };
 
-inline Lanes::Lanes(const Problem& problem) : arrays(ArraysOf(problem)), pixels(1), windows(1), plane_bytes(0), planes(0) {
+inline Lanes::Lanes(const Problem& problem)
+    : arrays(ArraysOf(problem)), pixels(1), windows(1), plane_bytes(0), planes(0), fewest(0) {
   const Geometry& geometry = problem.geometry;
   for (const Axis& axis : geometry.axis) {
     pixels *= axis.size;
@@ -186,11 +189,11 @@ inline Lanes::Lanes(const Problem& problem) : arrays(ArraysOf(problem)), pixels(
   for (const ArrayOf& array : arrays.result) add(array);
   // Positions of unpooling are numbers in a plane.
   if (problem.op == Op::kMaxUnpool || problem.op == Op::kMaxUnpoolTake) return;
-  const int64_t vector = kVectorBytes / BytesOf(problem.type);
-  if (geometry.inner >= vector || geometry.axis[2].size * geometry.inner > kShortRow) return;
-  if (geometry.outer * geometry.inner < vector || kLaneBytes < vector * plane_bytes) return;
-  const int64_t fair = CeilDiv(geometry.outer, 4 * ThreadCount()), room = kLaneBytes / plane_bytes;
-  planes = fair < room ? CeilDiv(fair, vector) * vector : room;
+  const int64_t inner = geometry.inner, vector = kVectorBytes / BytesOf(problem.type);
+  if (inner >= vector || geometry.axis[2].size * inner > kShortRow || vector * plane_bytes > kMostBytes * inner) return;
+  // Whatever the number of planes and of threads, a vector is full and a block has the same size: so the bits are the same.
+  fewest = CeilDiv(vector, inner);
+  planes = fewest * (kLaneBytes / (fewest * plane_bytes) + 1);
 }
 
 // Runs a call plane by plane in lanes; `run` computes what it is given, alone.
@@ -198,20 +201,23 @@ template <class Run>
 bool InLanes(const Problem& problem, const Lanes& lanes, const Run& run) {
   const Geometry& geometry = problem.geometry;
   const auto body = [&](int64_t begin, int64_t end) {
-    char* const scratch = static_cast<char*>(Scratch(lanes.planes * lanes.plane_bytes + 5 * 64, 1));
+    char* const scratch = static_cast<char*>(Scratch(lanes.planes * lanes.plane_bytes + 5 * kAlign, 1));
     if (scratch == nullptr) return false;
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t first = unit * lanes.planes, left = geometry.outer - first;
       const int64_t planes = left < lanes.planes ? left : lanes.planes;
+      const int64_t pitch = planes < lanes.fewest ? lanes.fewest : planes;  // with some that are zero
       Problem part = problem;
       part.geometry.outer = 1;
-      part.geometry.inner = planes * geometry.inner;
+      part.geometry.inner = pitch * geometry.inner;
       part.stream = false;
       part.workers = &kAlone;
       char* free = scratch;
       const auto place = [&](const ArrayOf& array) {
+        const int64_t bytes = pitch * lanes.Count(array) * geometry.inner * array.bytes;
         char* const at = free;
-        free += (planes * lanes.Count(array) * geometry.inner * array.bytes + 63) / 64 * 64;
+        free += CeilDiv(bytes, kAlign) * kAlign;
+        if (pitch > planes) __builtin_memset(at, 0, bytes);
         return at;
       };
       const auto offset = [&](const ArrayOf& array) { return first * lanes.Count(array) * geometry.inner * array.bytes; };
@@ -219,8 +225,8 @@ bool InLanes(const Problem& problem, const Lanes& lanes, const Run& run) {
         const ArrayOf& array = lanes.arrays.operand[i];
         if (array.bytes == 0) continue;
         char* const at = place(array);
-        Turn(static_cast<const char*>(problem.operand[i]) + offset(array), at, planes, lanes.Count(array),
-             geometry.inner * array.bytes);
+        Turn(static_cast<const char*>(problem.operand[i]) + offset(array), lanes.Count(array), at, pitch, planes,
+             lanes.Count(array), geometry.inner * array.bytes);
         part.operand[i] = at;
       }
       for (int i = 0; i < 2; ++i) {
@@ -230,8 +236,8 @@ bool InLanes(const Problem& problem, const Lanes& lanes, const Run& run) {
       for (int i = 0; i < 2; ++i) {
         const ArrayOf& array = lanes.arrays.result[i];
         if (part.result[i] == nullptr) continue;
-        Turn(part.result[i], static_cast<char*>(problem.result[i]) + offset(array), lanes.Count(array), planes,
-             geometry.inner * array.bytes);
+        Turn(static_cast<const char*>(part.result[i]), pitch, static_cast<char*>(problem.result[i]) + offset(array),
+             lanes.Count(array), lanes.Count(array), planes, geometry.inner * array.bytes);
       }
     }
     return true;
