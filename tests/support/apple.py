@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -114,9 +114,9 @@ def _of_two(op: convs.Op, arrays: convs.Arrays, call: dict[str, Any], a: Any, b:
     return op.apply(arrays._replace(**dict(zip(op.operands, (a, b), strict=True))), **call)
 
 
-def all_modes(function: Function) -> Function:
+def in_modes(function: Function, modes: Sequence[str] = MODES) -> Function:
     """One program of a function, its derivatives and its maps."""
-    variants = [variant for mode in MODES for variant in in_mode(function, mode)]
+    variants = [variant for mode in modes for variant in in_mode(function, mode)]
 
     def call(*operands: Any) -> list[Any]:
         return [variant.call(*of) for variant, of in zip(variants, operands, strict=True)]
