@@ -6,7 +6,7 @@ Defaults and meaning are Flax's. Beyond its arguments there are keyword argument
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol, overload
 
 import jax
@@ -17,7 +17,7 @@ from jax.typing import ArrayLike, DTypeLike
 import jax_mps
 from jax_mps import conventions, geometry
 from jax_mps.geometry import Ints, Padding
-from jax_mps.ops.convolution import Precision
+from jax_mps.ops.convolution import Precision, unrounded
 from jax_mps.ops.max_unpooling import max_unpool
 from jax_mps.ops.operands import FLOATS, INTEGERS, array
 
@@ -277,11 +277,31 @@ class Convolution:
 
     Attributes:
       implementation: as for `jax_mps.conv`.
+      adds_bias: whether results of half precision stay in float32, for the layer to add its bias and round.
     """
 
     implementation: str | None = None
+    adds_bias: bool = False
 
     def __call__(
+        self,
+        lhs: jax.Array,
+        rhs: jax.Array,
+        *arguments: Any,
+        preferred_element_type: DTypeLike | None = None,
+        **options: Any,
+    ) -> jax.Array:
+        """The convolution of `lhs` with `rhs`, of the arguments of `lax.conv_general_dilated`."""
+
+        def convolve(lhs: jax.Array, rhs: jax.Array, dtype: DTypeLike | None) -> jax.Array:
+            return self._convolve(lhs, rhs, *arguments, preferred_element_type=dtype, **options)
+
+        dtype = lhs.dtype if preferred_element_type is None else _canonical(preferred_element_type)
+        if self.adds_bias and is_half(dtype) and lhs.dtype == rhs.dtype:
+            return unrounded(convolve, lhs, rhs, dtype)
+        return convolve(lhs, rhs, preferred_element_type)
+
+    def _convolve(
         self,
         lhs: jax.Array,
         rhs: jax.Array,
@@ -296,7 +316,7 @@ class Convolution:
         dimension_numbers: Any,
         **others: Any,
     ) -> jax.Array:
-        """The convolution of `lhs` with `rhs`; `others` are arguments of newer versions of JAX."""
+        """The same; `others` are arguments of newer versions of JAX."""
         steps = {"strides": window_strides, "input_dilation": lhs_dilation, "kernel_dilation": rhs_dilation}
         for name, value in steps.items():
             geometry.per_axis(name, geometry.freeze(name, value), rhs.ndim - 2)
@@ -332,6 +352,41 @@ class Convolution:
             preferred_element_type=preferred_element_type,
             **others,
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class WideBias:
+    """Flax's `promote_dtype`, but that a bias of half precision is given as float32.
+
+    Attributes:
+      promote_dtype: the function that promotes.
+    """
+
+    promote_dtype: Callable[..., Sequence[jax.Array | None]]
+
+    def __call__(self, *arrays: Any, dtype: Any) -> tuple[jax.Array | None, ...]:
+        """What `promote_dtype` makes of an image, a kernel and a bias."""
+        image, kernel, bias = self.promote_dtype(*arrays, dtype=dtype)
+        if bias is not None and is_half(bias.dtype):
+            bias = bias.astype(jnp.float32)
+        return image, kernel, bias
+
+
+def is_half(dtype: Any) -> bool:
+    """Whether it is a floating dtype that is summed in a wider one."""
+    return jnp.dtype(dtype).name in FLOATS and jnp.dtype(dtype).itemsize < 4
+
+
+def round_half(y: jax.Array, promote: Callable[[], Any], preferred: DTypeLike | None) -> jax.Array:
+    """The result of a layer whose convolution `adds_bias`, in the type that it would have without.
+
+    Args:
+      y: the result.
+      promote: gives the promoted image first.
+      preferred: the layer's `preferred_element_type`.
+    """
+    dtype = jax.eval_shape(promote)[0].dtype if preferred is None else _canonical(preferred)
+    return y.astype(dtype) if is_half(dtype) else y
 
 
 def _canonical(dtype: DTypeLike | None) -> Any:
@@ -432,24 +487,32 @@ def transposed(
         "kernel_dilation": 1 if layer.kernel_dilation is None else layer.kernel_dilation,
     }
     circular = isinstance(layer.padding, str) and layer.padding.upper() == "CIRCULAR"
-    y = jax_mps.conv_transpose(
-        array("inputs", inputs, FLOATS),
-        kernel,
-        padding=_cut(layer, window, options),
-        output_padding=layer.output_padding,
-        groups=layer.groups,
-        transpose_kernel=layer.transpose_kernel,
-        precision=layer.precision,
-        preferred_element_type=layer.preferred_element_type,
-        implementation=layer.implementation,
-        **options,
-    )
-    if circular:
-        strides = geometry.per_axis("strides", geometry.freeze("strides", options["strides"]), len(window))
-        for axis, stride in enumerate(strides, inputs.ndim - len(window) - 1):
-            period = inputs.shape[axis] * stride
-            y = _wrap(y, axis, period, odd_pixel_first=not layer.transpose_kernel)
-    return y if bias is None else y + jnp.expand_dims(bias.astype(y.dtype), range(y.ndim - 1))
+    image = array("inputs", inputs, FLOATS)
+    options |= {
+        "padding": _cut(layer, window, options),
+        "output_padding": layer.output_padding,
+        "groups": layer.groups,
+        "transpose_kernel": layer.transpose_kernel,
+        "precision": layer.precision,
+        "implementation": layer.implementation,
+    }
+    preferred = layer.preferred_element_type
+    if not circular:
+        return jax_mps.conv_transpose(image, kernel, bias, preferred_element_type=preferred, **options)
+
+    def convolve(x: jax.Array, kernel: jax.Array, dtype: Any) -> jax.Array:
+        return jax_mps.conv_transpose(x, kernel, preferred_element_type=dtype, **options)
+
+    # Pixels that fall together are summed before anything is rounded.
+    dtype = jax.eval_shape(lambda x, kernel: convolve(x, kernel, preferred), image, kernel).dtype
+    y = unrounded(convolve, image, kernel, dtype)
+    strides = geometry.per_axis("strides", geometry.freeze("strides", options["strides"]), len(window))
+    for axis, stride in enumerate(strides, inputs.ndim - len(window) - 1):
+        period = inputs.shape[axis] * stride
+        y = _wrap(y, axis, period, odd_pixel_first=not layer.transpose_kernel)
+    if bias is not None:
+        y = y + jnp.expand_dims(bias.astype(y.dtype), range(y.ndim - 1))
+    return y.astype(dtype)
 
 
 def _window(layer: TransposedLayer) -> tuple[int, ...]:

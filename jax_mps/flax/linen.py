@@ -79,8 +79,21 @@ class Conv(flax.linen.Conv):
         given = self.conv_general_dilated
         # A clone is given the function of the layer that it was made from.
         if self.conv_general_dilated_cls is None and (given is None or isinstance(given, Convolution)):
-            object.__setattr__(self, "conv_general_dilated", Convolution(self.implementation))
+            ours = Convolution(self.implementation, adds_bias=self.use_bias)
+            object.__setattr__(self, "conv_general_dilated", ours)
+            promote = getattr(self, "promote_dtype", None)  # not in old versions of Flax
+            if self.use_bias and promote is not None and not isinstance(promote, layers.WideBias):
+                object.__setattr__(self, "promote_dtype", layers.WideBias(promote))
         super().__post_init__()
+
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        """The convolution of `inputs`."""
+        y = super().__call__(inputs)
+        if not (isinstance(self.conv_general_dilated, Convolution) and self.use_bias):
+            return y
+        promote = getattr(self, "promote_dtype", promote_dtype)
+        arrays = (inputs, *(self.get_variable("params", name) for name in ("kernel", "bias")))
+        return layers.round_half(y, lambda: promote(*arrays, dtype=self.dtype), None)
 
 
 class ConvTranspose(flax.linen.ConvTranspose):

@@ -91,10 +91,23 @@ class Conv(flax.nnx.Conv):
             out_features,
             kernel_size,
             strides,
-            conv_general_dilated=conv_general_dilated or Convolution(implementation),
+            conv_general_dilated=conv_general_dilated
+            or Convolution(implementation, adds_bias=options.get("use_bias", True)),
             **options,
         )
         self.implementation = implementation
+        if conv_general_dilated is None and self.use_bias and hasattr(self, "promote_dtype"):
+            self.promote_dtype = layers.WideBias(self.promote_dtype)
+
+    def __call__(self, inputs: jax.Array, *arguments: typing.Any, **options: typing.Any) -> jax.Array:
+        """The convolution of `inputs`; Flax's other arguments, as far as the installed version has them."""
+        y = super().__call__(inputs, *arguments, **options)
+        if not (isinstance(self.conv_general_dilated, Convolution) and self.use_bias):
+            return y
+        promote = getattr(self, "promote_dtype", promote_dtype)
+        arrays = (inputs, self.kernel[...], self.bias[...])
+        preferred = getattr(self, "preferred_element_type", None)
+        return layers.round_half(y, lambda: promote(arrays, dtype=self.dtype), preferred)
 
 
 class ConvTranspose(flax.nnx.ConvTranspose):

@@ -15,6 +15,7 @@ shape of x. So each primitive has a `Window`: `window.sizes` belong to y and g, 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike, DTypeLike
 
 from jax_mps import _compat, geometry
@@ -41,6 +43,7 @@ Precision = Any
 def conv(
     x: ArrayLike,
     kernel: ArrayLike,
+    bias: ArrayLike | None = None,
     *,
     strides: Ints = 1,
     padding: Padding = "VALID",
@@ -54,11 +57,12 @@ def conv(
 ) -> jax.Array:
     """The ordinary convolution of an image, as neural networks have it: the kernel is not rotated.
 
-        y[..., j, o] = sum over k, c of x[..., i, c] * kernel[k, c, o]
+        y[..., j, o] = bias[o] + sum over k, c of x[..., i, c] * kernel[k, c, o]
 
     with `i = strides * j - low + kernel_dilation * k`, and taps outside the image left out. With groups, c
-    and o run over the channels of one group. Sums are formed in float32 (float64 for float64) and rounded
-    once. Linear in `x` and in `kernel`; differentiable to any order.
+    and o run over the channels of one group. Sums, that with the bias and those of the gradients included,
+    are formed in float32 (float64 for float64) and rounded once. Linear in `x` and in `kernel`;
+    differentiable to any order.
 
     It computes what `conv_transpose_gradient_data` does: `conv_transpose(y, kernel, transpose_kernel=True)`,
     with the same kernel, strides and padding, is its transpose in `x`.
@@ -118,20 +122,27 @@ def conv(
     params = _params(image.shape, transposed, start, groups, False, data_format, precision, implementation)
     outputs = _check_channels("x", image.shape, "kernel", weights.shape, params)
     operands.check_same_dtype("kernel", weights, "x", image)
-    params["out_dtype"] = _preferred(preferred_element_type, image.dtype)
-    if ordinary is not None:
-        return gradient_data(image, weights, **params | {"window": ordinary, "transpose_kernel": True})
-    y = forward(image, weights, **params)
-    if picked.sizes == picked.counts:
-        return y
-    one = lax.full((1,) * picked.rank + (1, outputs), 1, y.dtype)
-    pick = {"window": picked, "groups": max(outputs, 1), "transpose_kernel": True}
-    return gradient_data(y, one, **params | pick)
+
+    def convolve(x: Array, kernel: Array, out_dtype: Any) -> Array:
+        call = params | {"out_dtype": out_dtype}
+        if ordinary is not None:
+            return gradient_data(x, kernel, **call | {"window": ordinary, "transpose_kernel": True})
+        y = forward(x, kernel, **call)
+        if picked.sizes == picked.counts:
+            return y
+        one = lax.full((1,) * picked.rank + (1, outputs), 1, y.dtype)
+        pick = {"window": picked, "groups": max(outputs, 1), "transpose_kernel": True}
+        return gradient_data(y, one, **call | pick)
+
+    out_dtype = _preferred(preferred_element_type, image.dtype)
+    channel = _channel(transposed, start, params["channels_last"])
+    return _add_bias(convolve, image, weights, bias, out_dtype, outputs, channel)
 
 
 def conv_transpose(
     x: ArrayLike,
     kernel: ArrayLike,
+    bias: ArrayLike | None = None,
     *,
     strides: Ints = 1,
     padding: Padding = "VALID",
@@ -152,9 +163,10 @@ def conv_transpose(
         y[..., i, o] = sum over j, k, c of x[..., j, c] * kernel[k, o, c]       transpose_kernel=True
         y[..., i, o] = sum over j, k, c of x[..., j, c] * kernel[K-1-k, c, o]   transpose_kernel=False
 
-    The second is the convolution, without rotation of the kernel, of `x` with `strides - 1` zeros between its
-    pixels. With groups, c and o run over the channels of one group. Sums are formed in float32 (float64 for
-    float64) and rounded once. Linear in `x` and in `kernel`; differentiable to any order.
+    and `bias[o]` is added to both. The second is the convolution, without rotation of the kernel, of `x` with
+    `strides - 1` zeros between its pixels. With groups, c and o run over the channels of one group. Sums,
+    that with the bias and those of the gradients included, are formed in float32 (float64 for float64) and
+    rounded once. Linear in `x` and in `kernel`; differentiable to any order.
 
     Args:
       x: array of shape `(*batch, *spatial, in)`, or `(*batch, in, *spatial)` with
@@ -164,6 +176,7 @@ def conv_transpose(
         `(*window, in / groups, out)` with `transpose_kernel=False`, used as it is (MPS, Flax);
         `(*window, out / groups, in)` with `transpose_kernel=True`: the kernel of the ordinary convolution
         that this one transposes (PyTorch, Keras; see `kernel_from_torch`).
+      bias: array of shape `(out,)`, of any floating dtype no wider than the sums; None adds nothing.
       strides: pixels of `y` from one pixel of `x` to the next; an int, or one for each spatial axis.
       padding: that of the ordinary convolution of `y` to `x`, which is cut off here: "VALID" (none), "SAME"
         (outputs = size * strides), an int for all sides, or a `(low, high)` pair for each spatial axis.
@@ -212,8 +225,13 @@ def conv_transpose(
         transpose_kernel, data_format, precision, implementation, source="x",
     )  # fmt: skip
     operands.check_same_dtype("kernel", weights, "x", image)
+
+    def convolve(x: Array, kernel: Array, out_dtype: Any) -> Array:
+        return forward(x, kernel, out_dtype=out_dtype, **call.params)
+
+    channel = _channel(call.params["window"], call.params["start"], call.params["channels_last"])
     out_dtype = _preferred(preferred_element_type, image.dtype)
-    return forward(image, weights, out_dtype=out_dtype, **call.params)
+    return _add_bias(convolve, image, weights, bias, out_dtype, call.result_shape[channel], channel)
 
 
 def conv_transpose_gradient_data(
@@ -481,6 +499,62 @@ def _preferred(preferred: DTypeLike | None, dtype: np.dtype[Any]) -> np.dtype[An
     if wanted == np.float64 and not jax.config.read("jax_enable_x64"):
         raise TypeError("preferred_element_type=float64 needs jax_enable_x64")
     return wanted
+
+
+# --- sums that are rounded later ----------------------------------------------------------------------
+
+_Convolve = Callable[[Array, Array, Any], Array]
+"""A convolution of an image and a kernel to a result of a given dtype."""
+
+
+def _add_bias(
+    convolve: _Convolve, x: Array, kernel: Array, bias: Any, out_dtype: Any, outputs: int, channel: int
+) -> Array:
+    """A convolution plus a bias along the axis `channel`, rounded once."""
+    if bias is None:
+        return convolve(x, kernel, out_dtype)
+    added = operands.array("bias", bias, FLOATS)
+    if tuple(added.shape) != (outputs,):
+        raise ValueError(
+            f"bias must have shape ({outputs},), one number for each output channel, got {added.shape}"
+        )
+    sums = rule.accumulator(out_dtype)
+    if added.dtype.itemsize > sums.itemsize:
+        raise TypeError(f"bias must be no wider than the sums, {sums.name}, got {added.dtype.name}")
+    y = unrounded(convolve, x, kernel, out_dtype)
+    added = lax.convert_element_type(added, sums)
+    # Spread as an array of the type of the sums, so that its gradient is summed in it, too.
+    y = y + lax.expand_dims(added, [i for i in range(y.ndim) if i != channel])
+    return lax.convert_element_type(y, out_dtype)
+
+
+def unrounded(convolve: _Convolve, x: Array, kernel: Array, out_dtype: Any) -> Array:
+    """A convolution in the type of its sums, which the caller rounds to `out_dtype` later.
+
+    Its cotangent comes from something of `out_dtype`, so that to compute its derivatives in that type loses
+    nothing; in the type of the sums they would take up to twice the memory, and more on a matrix unit.
+    """
+    sums = rule.accumulator(out_dtype)
+    if sums == out_dtype:
+        return convolve(x, kernel, out_dtype)
+
+    @jax.custom_jvp
+    def sum_up(x: Array, kernel: Array) -> Array:
+        return convolve(x, kernel, sums)
+
+    def jvp(primals: tuple[Array, Array], tangents: tuple[Any, Any]) -> tuple[Array, Array]:
+        (x, kernel), (dx, dkernel) = primals, tangents
+        y = sum_up(x, kernel)
+        operands_of_terms = [(dx, kernel), (x, dkernel)]
+        terms = [
+            lax.convert_element_type(convolve(a, b, out_dtype), sums)
+            for a, b in operands_of_terms
+            if SymbolicZero not in (type(a), type(b))
+        ]
+        return y, functools.reduce(lax.add, terms) if terms else lax.full_like(y, 0)
+
+    sum_up.defjvp(jvp, symbolic_zeros=True)
+    return sum_up(x, kernel)
 
 
 # --- on windows that are placed already ---------------------------------------------------------------

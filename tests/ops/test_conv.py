@@ -465,3 +465,64 @@ def test_ways_to_write_arguments(way):
     x, kernel, *_ = CASES["resnet"].arrays()
     one, other = (jax.make_jaxpr(functools.partial(jax_mps.conv, **call))(x, kernel) for call in WAYS[way])
     assert str(one) == str(other)
+
+
+# --- bias ---------------------------------------------------------------------------------------------
+
+BIASED = {
+    "conv": (jax_mps.conv, {"strides": 2, "padding": 1}),
+    "conv, input dilation": (jax_mps.conv, {"strides": 2, "input_dilation": 3, "padding": 1}),
+    "conv_transpose": (jax_mps.conv_transpose, {"strides": 2, "padding": 1}),
+}
+
+
+@pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("name", BIASED)
+def test_bias(name: str, dtype: str, data_format: str, implementation: str) -> None:
+    """Beside the same in float32: values, first and second derivatives, maps."""
+    function, options = BIASED[name]
+    shape = (2, 5, 4, 3) if data_format == "channels_last" else (2, 3, 5, 4)
+    arrays = [oracle.normal(s, seed=i) for i, s in enumerate([shape, (3, 2, 3, 4), (4,)])]
+    narrow = [jnp.asarray(a, dtype) for a in arrays]
+    wide = [a.astype(jnp.float32) for a in narrow]
+    spread = (4,) if data_format == "channels_last" else (4, 1, 1)
+
+    def call(x: Any, kernel: Any, *bias: Any) -> Any:
+        return function(x, kernel, *bias, data_format=data_format, implementation=implementation, **options)
+
+    def expected(x: Any, kernel: Any, bias: Any) -> Any:
+        return call(x, kernel) + bias.reshape((1,) * (4 - len(spread)) + spread)
+
+    def all_of(f: Any, arrays: Any) -> Any:
+        y, pull_back = jax.vjp(f, *arrays)
+        g = jnp.sin(jnp.arange(y.size, dtype=jnp.float32)).reshape(y.shape).astype(y.dtype)
+        second = jax.vjp(lambda *a: jax.vjp(f, *a)[1](g)[1], *arrays)[1](arrays[1])
+        mapped = jax.vmap(f, (None, None, 0))(*arrays[:2], jnp.stack([arrays[2], -arrays[2]]))
+        return y, pull_back(g), second[0], jax.jvp(f, arrays, arrays)[1], mapped
+
+    results = [all_of(call, narrow), jax.jit(functools.partial(all_of, call))(narrow)]
+    reference = all_of(expected, wide)
+    step = float(jnp.finfo(jnp.dtype(dtype)).eps)
+    for result in results:
+        for a, e in zip(jax.tree.leaves(result), jax.tree.leaves(reference), strict=True):
+            assert a.dtype == jnp.dtype(dtype)
+            np.testing.assert_allclose(
+                a.astype(jnp.float32), e, rtol=4 * step, atol=4 * step * np.abs(e).max()
+            )
+
+
+@pytest.mark.parametrize("function", [jax_mps.conv, jax_mps.conv_transpose])
+def test_wrong_biases(function: Any) -> None:
+    x, kernel = jnp.ones((1, 4, 3), jnp.bfloat16), jnp.ones((2, 3, 5), jnp.bfloat16)
+    for bias in (jnp.ones(3), jnp.ones((1, 5)), jnp.ones(())):
+        with pytest.raises(ValueError, match=r"bias must have shape \(5,\)"):
+            function(x, kernel, bias)
+    with pytest.raises(TypeError, match="bias must have a dtype of float32"):
+        function(x, kernel, jnp.ones(5, jnp.int32))
+    assert function(x, kernel, jnp.ones(5)).dtype == jnp.bfloat16
+
+
+def test_a_bias_wider_than_the_sums_is_refused(x64: None) -> None:
+    with pytest.raises(TypeError, match="bias must be no wider than the sums, float32, got float64"):
+        jax_mps.conv(jnp.ones((1, 4, 3), jnp.float32), jnp.ones((2, 3, 5), jnp.float32), jnp.ones(5))
