@@ -20,17 +20,21 @@ padding.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from jax_mps import geometry
 from jax_mps.geometry import Ints, Padding
 
 __all__ = [
+    "indices_from_onnx",
+    "indices_from_tensorflow",
     "kernel_from_torch",
     "kernel_to_torch",
     "padding_from_flax",
@@ -130,6 +134,107 @@ def _groups(groups: int, name: str, array: Any, axis: int) -> int:
             f"groups must be at least 1 and divide the {array.shape[axis]} channels of {name}, got {groups}"
         )
     return groups
+
+
+# --- indices of maxima --------------------------------------------------------------------------------
+
+
+def indices_from_tensorflow(
+    argmax: ArrayLike, input_shape: Sequence[int], *, include_batch_in_index: bool = False
+) -> jax.Array:
+    """Positions for `max_unpool` from those of TensorFlow's `max_pool_with_argmax`.
+
+        position = argmax // channels,    modulo the pixels of a plane if the batch counts
+
+    Args:
+      argmax: integers of shape `(batch, rows, columns, channels)`.
+      input_shape: shape of what was pooled, `(batch, height, width, channels)`.
+      include_batch_in_index: what `max_pool_with_argmax` was told.
+
+    Returns:
+      An int32 array of the shape of `argmax`: flat positions in the planes of `height * width` pixels.
+
+    Raises:
+      TypeError: `argmax` does not hold integers, or an argument has the wrong type.
+      ValueError: `input_shape` does not have 4 sizes of at least 1, or a plane has 2**31 pixels.
+
+    Examples:
+      >>> import numpy as np, jax_mps
+      >>> argmax = np.array([[[[10, 7]]]])  # row 1, column 2, channel 0; row 1, column 0, channel 1
+      >>> jax_mps.conventions.indices_from_tensorflow(argmax, (1, 2, 3, 2)).ravel()
+      Array([5, 3], dtype=int32)
+
+    Source: `tf.nn.max_pool_with_argmax`.
+    """
+    geometry.flag("include_batch_in_index", include_batch_in_index)
+    at, shape = _indices("argmax", argmax, input_shape, channels_first=False)
+    if len(shape) != 4:
+        raise ValueError(f"input_shape must have 4 sizes, (batch, height, width, channels), got {shape}")
+    at = at // shape[3]
+    return jnp.asarray(at % (shape[1] * shape[2]) if include_batch_in_index else at, np.int32)
+
+
+def indices_from_onnx(indices: ArrayLike, input_shape: Sequence[int], *, storage_order: int = 0) -> jax.Array:
+    """Positions for `max_unpool(..., data_format="channels_first")` from those of ONNX' `MaxPool`.
+
+        position = indices modulo the pixels of a plane
+
+    ONNX counts through the whole array, batch and channels included.
+
+    Args:
+      indices: integers of shape `(batch, channels, *spatial)`.
+      input_shape: shape of what was pooled, `(batch, channels, *spatial)`.
+      storage_order: the attribute of `MaxPool`: 0 counts planes row by row; 1 counts them column by column,
+        the first spatial axis fastest.
+
+    Returns:
+      An int32 array of the shape of `indices`: flat row-major positions in the planes.
+
+    Raises:
+      TypeError: `indices` does not hold integers, or an argument has the wrong type.
+      ValueError: `input_shape` does not have 3 to 5 sizes of at least 1, a plane has 2**31 pixels, or
+        `storage_order` is neither 0 nor 1.
+
+    Examples:
+      >>> import numpy as np, jax_mps
+      >>> indices = np.array([[[[5]], [[9]]]])  # of two channels of 2 x 3 pixels
+      >>> jax_mps.conventions.indices_from_onnx(indices, (1, 2, 2, 3)).ravel()
+      Array([5, 3], dtype=int32)
+
+    Source: the operator `MaxPool` of ONNX.
+    """
+    at, shape = _indices("indices", indices, input_shape, channels_first=True)
+    order = geometry.integer("storage_order", storage_order)
+    if not 3 <= len(shape) <= 5:
+        raise ValueError(f"input_shape must be (batch, channels, *spatial), 3 to 5 sizes, got {shape}")
+    if order not in (0, 1):
+        raise ValueError(f"storage_order must be 0 or 1, got {order}")
+    sizes = shape[2:]
+    at = at % math.prod(sizes)
+    if order == 1:
+        step, position = math.prod(sizes), at * 0
+        for n in sizes:
+            step //= n
+            position, at = position + at % n * step, at // n
+        at = position
+    return jnp.asarray(at, np.int32)
+
+
+def _indices(
+    name: str, value: ArrayLike, input_shape: Sequence[int], *, channels_first: bool
+) -> tuple[Any, tuple[int, ...]]:
+    """Integers as an array that holds them all, and the checked shape of what was pooled."""
+    shape = geometry.shape("input_shape", input_shape)
+    # Without 64-bit types JAX would cut NumPy's integers to 32 bits.
+    array: Any = value if hasattr(value, "dtype") else np.asarray(value)
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+        raise TypeError(f"{name} must hold integers, got {array.dtype}")
+    spatial = shape[2:] if channels_first else shape[1:-1]
+    if 0 in shape or math.prod(spatial) >= 2**31:
+        raise ValueError(
+            f"input_shape must have sizes of at least 1, and planes of fewer than 2**31 pixels, got {shape}"
+        )
+    return array, shape
 
 
 # --- paddings -----------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ import math
 import operator
 import warnings
 from collections.abc import Iterable, Sequence
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import numpy as np
 
@@ -37,10 +37,15 @@ Ints = int | Sequence[int]
 """One int for all spatial axes, or one for each."""
 
 Padding = str | int | Sequence[Sequence[int]]
-"""A string, "VALID" or "SAME"; an int for all sides; or a `(low, high)` pair for each spatial axis."""
+"""A string, "VALID", "SAME" or "SAME_LOWER"; an int for all sides; or a `(low, high)` pair for each axis."""
 
-DataFormat = Literal["channels_last", "channels_first"]
-"""Whether the channel axis is the last one, or the one before the spatial axes."""
+DataFormat = Literal[
+    "channels_last", "channels_first", "NWC", "NHWC", "NDHWC", "NCW", "NCHW", "NCDHW"
+]  # fmt: skip
+"""Whether the channel axis is the last one, or the one before the spatial axes.
+
+The short names say how many spatial axes there are, too, which is checked; N is any number of batch axes.
+"""
 
 Edge = Literal["exclude", "zero", "clamp"]
 """What a tap outside the image reads: nothing; the value 0; the nearest pixel of the image."""
@@ -377,9 +382,9 @@ def _place_transposed(
     dilation = per_axis("kernel_dilation", kernel_dilation, rank)
     more = per_axis("output_padding", output_padding, rank, least=0)
     start, lengths = _pixels(shape, rank, data_format)
-    if isinstance(padding, str) and padding.upper() == "SAME" and any(more):
+    if is_same(padding) and any(more):
         raise ValueError(
-            f"output_padding must be 0 with padding='SAME', which already fixes the output size, "
+            f"output_padding must be 0 with padding={padding!r}, which already fixes the output size, "
             f"got {output_padding}"
         )
     for i, (op, s, d) in enumerate(zip(more, stride, dilation, strict=True)):
@@ -411,6 +416,34 @@ def _transposed_axis(i: int, n: Dim, k: int, s: int, d: int, pad: tuple[Dim, Dim
 
 
 _place_transposed_static = functools.lru_cache(maxsize=1024)(_place_transposed)
+
+
+def output_padding_of(
+    output_size: Ints,
+    shape: Sequence[Dim],
+    kernel: tuple[int, ...],
+    strides: Ints,
+    padding: Padding,
+    kernel_dilation: Ints,
+    data_format: str,
+) -> tuple[int, ...]:
+    """The output padding with which a transposed convolution of an array of `shape` has that result."""
+    least = place_transposed(shape, kernel, strides, padding, 0, kernel_dilation, data_format).window
+    sizes = per_axis("output_size", freeze("output_size", output_size), len(kernel))
+    if is_same(padding):
+        raise ValueError(
+            f"output_size must be None with padding={padding!r}, which already fixes it, got {sizes}"
+        )
+    if not least.is_static():
+        raise ValueError(f"output_size must be None for symbolic sizes, got {sizes}")
+    for i, (size, axis) in enumerate(zip(sizes, least.axes, strict=True)):
+        most = axis.size + max(axis.stride, axis.dilation) - 1
+        if not axis.size <= size <= most:
+            raise ValueError(
+                f"output_size must be {axis.size} to {most} on spatial axis {i}, for {axis.windows} pixels, "
+                f"{axis.taps} taps, strides {axis.stride} and kernel_dilation {axis.dilation}, got {size}"
+            )
+    return tuple(size - axis.size for size, axis in zip(sizes, least.axes, strict=True))
 
 
 class ConvPlacement(NamedTuple):
@@ -555,9 +588,10 @@ def transposed_pads(
     dilation: Sequence[int],
 ) -> tuple[tuple[int, int], ...]:
     """The padding of a transposed convolution as pairs; "SAME" makes it `strides` times as large."""
-    if isinstance(padding, str) and padding.upper() == "SAME":
+    if is_same(padding):
         totals = [(k - 1) * d + 1 - s for k, s, d in zip(kernel, stride, dilation, strict=True)]
-        return tuple((max(total, 0) // 2, total - max(total, 0) // 2) for total in totals)
+        # Negative ones are pixels that no window reaches, which are at the end.
+        return tuple((0, total) if total < 0 else _halves(total, padding) for total in totals)
     return _pads(padding, (1,) * len(kernel), kernel, stride, dilation, False)
 
 
@@ -588,11 +622,32 @@ def spatial_rank(ndim: int, **arguments: int | tuple[int, ...]) -> int:
 
 def spatial_start(ndim: int, rank: int, data_format: str) -> int:
     """The first spatial axis. The axes before it are batch, the axes after it channels (or nothing)."""
-    if data_format == "channels_last":
-        return ndim - rank - 1
-    if data_format == "channels_first":
-        return ndim - rank
-    raise ValueError(f"data_format must be 'channels_last' or 'channels_first', got {data_format!r}")
+    return ndim - rank - int(channels_last(data_format, rank))
+
+
+def channels_last(data_format: str, rank: int) -> bool:
+    """Whether the channels of an array with `rank` spatial axes are behind them."""
+    if data_format not in get_args(DataFormat):
+        names = ", ".join(map(repr, get_args(DataFormat)))
+        raise ValueError(f"data_format must be one of {names}, got {data_format!r}")
+    if data_format.startswith("channels"):
+        return data_format == "channels_last"
+    if len(data_format) - 2 != rank:
+        raise ValueError(
+            f"data_format={data_format!r} has {len(data_format) - 2} spatial axes, the other arguments {rank}"
+        )
+    return data_format.endswith("C")
+
+
+def is_same(padding: Any) -> bool:
+    """Whether it is "SAME" or "SAME_LOWER"."""
+    return isinstance(padding, str) and padding.upper() in ("SAME", "SAME_LOWER")
+
+
+def _halves(total: Dim, padding: Any) -> tuple[Dim, Dim]:
+    """Two halves; the odd pixel comes after the image, and before it with "SAME_LOWER"."""
+    less, more = total // 2, total - total // 2
+    return (less, more) if padding.upper() == "SAME" else (more, less)
 
 
 def _pads(
@@ -612,13 +667,15 @@ def _pads(
             )
         if padding.upper() == "VALID":
             return ((0, 0),) * rank
-        if padding.upper() != "SAME":
-            raise ValueError(f"padding must be 'VALID', 'SAME', an int or pairs, got {padding!r}")
+        if not is_same(padding):
+            raise ValueError(
+                f"padding must be 'VALID', 'SAME', 'SAME_LOWER', an int or pairs, got {padding!r}"
+            )
         totals = (
             at_least_zero((-(-n // s) - 1) * s + (k - 1) * d + 1 - n)
             for n, k, s, d in zip(sizes, kernel, stride, dilation, strict=True)
         )
-        return tuple((total // 2, total - total // 2) for total in totals)
+        return tuple(_halves(total, padding) for total in totals)
     if isinstance(padding, int):
         return ((padding, padding),) * rank
     if len(padding) != rank:
@@ -680,8 +737,8 @@ def freeze_padding(padding: Any) -> str | int | tuple[tuple[int, int], ...]:
     for pair in padding:
         if isinstance(pair, str) or not isinstance(pair, Sequence | np.ndarray) or len(pair) != 2:
             raise ValueError(
-                "padding must be 'VALID', 'SAME', an int or one (low, high) pair for each spatial axis, "
-                f"got {padding!r}"
+                "padding must be 'VALID', 'SAME', 'SAME_LOWER', an int or one (low, high) pair for each "
+                f"spatial axis, got {padding!r}"
             )
         pairs.append((integer("padding", pair[0]), integer("padding", pair[1])))
     return tuple(pairs)

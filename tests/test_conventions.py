@@ -201,3 +201,59 @@ def test_padding_errors(call: Any, error: type[Exception], words: list[str]) -> 
     with pytest.raises(error) as caught:
         call()
     assert all(word in str(caught.value) for word in words), caught.value
+
+
+# --- indices of maxima --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("with_batch", [False, True])
+@pytest.mark.parametrize("wide", [False, True])
+def test_indices_from_tensorflow(with_batch: bool, wide: bool) -> None:
+    """Numbers counted by NumPy through all axes that TensorFlow counts through."""
+    shape = (2, 6, 5, 3)
+    x = np.random.default_rng(0).permutation(np.prod(shape)).astype(np.float32).reshape(shape)
+    y, expected = jax_mps.max_pool(x, 2, strides=2, return_indices=True)
+    every = np.arange(x.size, dtype=np.int64 if wide else np.int32).reshape(shape)
+    numbers = every if with_batch else every - every[:, :1, :1, :1]
+    where = dict(zip(x.ravel(), numbers.ravel(), strict=True))
+    argmax = np.array([where[v] for v in np.asarray(y).ravel()], every.dtype).reshape(y.shape)
+    convert = conventions.indices_from_tensorflow
+    np.testing.assert_array_equal(convert(argmax, shape, include_batch_in_index=with_batch), expected)
+    if not wide:
+        traced = jax.jit(lambda a: convert(a, shape, include_batch_in_index=with_batch))(argmax)
+        np.testing.assert_array_equal(traced, expected)
+
+
+@pytest.mark.parametrize("storage_order", [0, 1])
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_indices_from_onnx(rank: int, storage_order: int) -> None:
+    """Numbers counted by NumPy through the whole array; planes by columns with `storage_order`."""
+    shape = (2, 3, *(6, 5, 4)[:rank])
+    x = np.random.default_rng(0).permutation(np.prod(shape)).astype(np.float32).reshape(shape)
+    y, expected = jax_mps.max_pool(
+        x, (2,) * rank, strides=2, data_format="channels_first", return_indices=True
+    )
+    pixels = np.prod(shape[2:])
+    plane = np.arange(pixels).reshape(shape[2:], order="F" if storage_order else "C")
+    numbers = plane + np.arange(6).reshape(2, 3, *(1,) * rank) * pixels
+    where = dict(zip(x.ravel(), numbers.ravel(), strict=True))
+    indices = np.array([where[v] for v in np.asarray(y).ravel()]).reshape(y.shape)
+    actual = conventions.indices_from_onnx(indices, shape, storage_order=storage_order)
+    np.testing.assert_array_equal(actual, expected)
+    assert actual.dtype == np.int32
+
+
+def test_wrong_indices_of_other_libraries() -> None:
+    at = np.zeros((1, 2, 2, 1), np.int64)
+    with pytest.raises(TypeError, match="argmax must hold integers, got float32"):
+        conventions.indices_from_tensorflow(at.astype(np.float32), (1, 4, 4, 1))
+    with pytest.raises(ValueError, match=r"input_shape must have 4 sizes, .* got \(1, 4, 1\)"):
+        conventions.indices_from_tensorflow(at, (1, 4, 1))
+    with pytest.raises(TypeError, match="include_batch_in_index must be a bool, got 1"):
+        conventions.indices_from_tensorflow(at, (1, 4, 4, 1), include_batch_in_index=1)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="storage_order must be 0 or 1, got 2"):
+        conventions.indices_from_onnx(at, (1, 1, 4, 4), storage_order=2)
+    with pytest.raises(ValueError, match=r"input_shape must have sizes of at least 1.*got \(1, 1, 0, 4\)"):
+        conventions.indices_from_onnx(at, (1, 1, 0, 4))
+    with pytest.raises(ValueError, match=r"fewer than 2\*\*31 pixels, got \(1, 1, 65536, 65536\)"):
+        conventions.indices_from_onnx(at, (1, 1, 2**16, 2**16))

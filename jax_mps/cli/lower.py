@@ -11,12 +11,13 @@ import argparse
 import functools
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
 
 import jax_mps
+from jax_mps import geometry
 from jax_mps.lowering import apple
 
 __all__ = ["add_arguments", "run"]
@@ -26,6 +27,7 @@ _POOLS: dict[str, Callable[..., Any]] = {
     "avg_pool": jax_mps.avg_pool,
     "l2_pool": jax_mps.l2_pool,
 }
+_PLATFORMS = ("cpu", "cuda", "rocm", "tpu", "METAL", "mps")
 _OPERATIONS = (*_POOLS, "max_unpool", "conv", "conv_transpose")
 
 
@@ -33,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's options."""
     parser.add_argument("operation", choices=_OPERATIONS, help="a public function")
     parser.add_argument(
-        "--platform", default="METAL", help="METAL, mps, cpu, cuda, tpu, ... (default: METAL)"
+        "--platform", type=_platform, default="METAL", help=f"{', '.join(_PLATFORMS)} (default: METAL)"
     )
     parser.add_argument("--shape", type=_integers, required=True, help="of the image, such as 2,16,16,3")
     parser.add_argument("--window", type=_integers, default=(2, 2), help="its shape (default: 2,2)")
@@ -42,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--padding",
         type=_padding,
         default="VALID",
-        help="VALID, SAME, 1, or low:high for each axis as 1:2,0:1",
+        help="VALID, SAME, SAME_LOWER, 1, or low:high for each axis as 1:2,0:1",
     )
     parser.add_argument("--dilation", type=_integers, default=(1,), help="of the window (default: 1)")
     parser.add_argument("--ceil-mode", action="store_true", help="of a pooling")
@@ -57,8 +59,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output-padding", type=_integers, default=(0,), help="of conv_transpose (default: 0)"
     )
     parser.add_argument(
-        "--data-format", choices=("channels_last", "channels_first"), default="channels_last", metavar="NAME",
-        help="channels_last (default) or channels_first",
+        "--data-format", choices=get_args(geometry.DataFormat), default="channels_last", metavar="NAME",
+        help="channels_last (default), channels_first, NHWC, NCHW, ...",
     )  # fmt: skip
     parser.add_argument("--dtype", default="float32", help="of the arrays (default: float32)")
     derivative = parser.add_mutually_exclusive_group()
@@ -100,7 +102,7 @@ def _function(options: argparse.Namespace) -> tuple[Callable[..., Any], tuple[An
             call["return_indices"] = True
         f = functools.partial(_POOLS[options.operation], window_shape=options.window, **call)
         return functools.partial(f, data_format=options.data_format), (image,)
-    last = options.data_format == "channels_last"
+    last = geometry.channels_last(options.data_format, rank)
     sizes = shape[-rank - 1 : -1] if last else shape[-rank:]
     if options.operation == "max_unpool":
         target = options.output_shape or tuple(2 * n for n in sizes)
@@ -150,12 +152,20 @@ def _each(values: tuple[int, ...], rank: int) -> tuple[int, ...]:
     return values * rank if len(values) == 1 else values
 
 
+def _platform(text: str) -> str:
+    # JAX writes the general program for any name.
+    for name in _PLATFORMS:
+        if name.lower() == text.lower():
+            return name
+    raise argparse.ArgumentTypeError(f"must be one of {', '.join(_PLATFORMS)}, got {text!r}")
+
+
 def _integers(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(","))
 
 
 def _padding(text: str) -> Any:
-    if text in ("SAME", "VALID"):
+    if text in ("SAME", "SAME_LOWER", "VALID"):
         return text
     if ":" in text:
         return tuple(_integers(part.replace(":", ",")) for part in text.split(","))

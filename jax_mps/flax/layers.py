@@ -73,7 +73,8 @@ def max_pool(
       inputs: array of shape `(*batch, *spatial, channels)`, of any dtype of `jax_mps.max_pool`.
       window_shape: taps of a window along each spatial axis.
       strides: pixels from one window to the next; None is 1, not the size of the window.
-      padding: "VALID", "SAME", an int for all sides, or a `(low, high)` pair for each spatial axis.
+      padding: "VALID", "SAME", "SAME_LOWER", an int for all sides, or a `(low, high)` pair for each
+        spatial axis.
       window_dilation: pixels from one tap to the next.
       ceil_mode: rounds the number of windows up as PyTorch does.
       return_indices: also return where the maxima are, for `max_unpool`.
@@ -125,7 +126,7 @@ def min_pool(
       inputs: as for `max_pool`, and so are the arguments that follow.
       window_shape: taps of a window along each spatial axis.
       strides: pixels from one window to the next; None is 1.
-      padding: "VALID", "SAME", an int, or pairs.
+      padding: "VALID", "SAME", "SAME_LOWER", an int, or pairs.
       window_dilation: pixels from one tap to the next.
       ceil_mode: rounds the number of windows up as PyTorch does.
       implementation: None chooses; "native" or "xla" forces a path.
@@ -183,7 +184,8 @@ def avg_pool(
         integers, whose average is a float.
       window_shape: taps of a window along each spatial axis.
       strides: pixels from one window to the next; None is 1, not the size of the window.
-      padding: "VALID", "SAME", an int for all sides, or a `(low, high)` pair for each spatial axis.
+      padding: "VALID", "SAME", "SAME_LOWER", an int for all sides, or a `(low, high)` pair for each
+        spatial axis.
       count_include_pad: whether taps in the padding count in the divisor.
       window_dilation: pixels from one tap to the next.
       ceil_mode: rounds the number of windows up as PyTorch does.
@@ -236,7 +238,7 @@ def l2_pool(
       inputs: array of shape `(*batch, *spatial, channels)`; float32, float64, float16 or bfloat16.
       window_shape: as for `max_pool`, and so are the arguments that follow.
       strides: pixels from one window to the next; None is 1.
-      padding: "VALID", "SAME", an int, or pairs.
+      padding: "VALID", "SAME", "SAME_LOWER", an int, or pairs.
       window_dilation: pixels from one tap to the next.
       ceil_mode: rounds the number of windows up as PyTorch does.
       implementation: None chooses; "native" or "xla" forces a path.
@@ -531,15 +533,18 @@ def _cut(layer: TransposedLayer, window: tuple[int, ...], options: dict[str, Any
                 f"padding_convention='torch', got {padding!r}"
             )
         name = padding.upper()
-        if name not in ("SAME", "VALID", "CIRCULAR"):
+        if name not in ("SAME", "SAME_LOWER", "VALID", "CIRCULAR"):
             raise ValueError(
-                f"padding must be 'SAME', 'VALID', 'CIRCULAR', an int, ints or pairs, got {name!r}"
+                "padding must be 'SAME', 'SAME_LOWER', 'VALID', 'CIRCULAR', an int, ints or pairs, "
+                f"got {name!r}"
             )
         if name != "VALID" and layer.output_padding != 0:
             raise ValueError(
                 f"output_padding must be 0 with padding={name!r}, which already fixes the output size, "
                 f"got {layer.output_padding}"
             )
+        if name == "SAME_LOWER":  # Flax has none
+            return name
         padding = "VALID" if name == "CIRCULAR" else name
     elif isinstance(padding, Sequence):
         padding = tuple(p if isinstance(p, Sequence) else (p, p) for p in padding)

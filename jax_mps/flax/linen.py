@@ -107,9 +107,9 @@ class ConvTranspose(flax.linen.ConvTranspose):
       features: the number of output channels.
       kernel_size: taps along each spatial axis; an int for one axis.
       strides: pixels of the result from one pixel of the inputs to the next; None is 1.
-      padding: "SAME" (size * strides), "VALID", "CIRCULAR" (periodic), an int, or for each spatial axis an
-        int or a pair. Numbers are pixels put *around* the inputs with their zeros, as in `jax.lax`; see
-        `padding_convention`.
+      padding: "SAME" (size * strides), "SAME_LOWER", "VALID", "CIRCULAR" (periodic), an int, or for each
+        spatial axis an int or a pair. Numbers are pixels put *around* the inputs with their zeros, as in
+        `jax.lax`; see `padding_convention`.
       kernel_dilation: pixels from one tap to the next; None is 1.
       use_bias: whether a bias is added.
       mask: what the kernel is multiplied by, in its shape.

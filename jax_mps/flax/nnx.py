@@ -97,12 +97,12 @@ class Conv(flax.nnx.Conv):
         )
         self.implementation = implementation
         if conv_general_dilated is None and self.use_bias and hasattr(self, "promote_dtype"):
-            self.promote_dtype = layers.WideBias(self.promote_dtype)
+            self.promote_dtype: typing.Any = layers.WideBias(self.promote_dtype)
 
     def __call__(self, inputs: jax.Array, *arguments: typing.Any, **options: typing.Any) -> jax.Array:
         """The convolution of `inputs`; Flax's other arguments, as far as the installed version has them."""
         y = super().__call__(inputs, *arguments, **options)
-        if not (isinstance(self.conv_general_dilated, Convolution) and self.use_bias):
+        if not isinstance(self.conv_general_dilated, Convolution) or self.bias is None:
             return y
         promote = getattr(self, "promote_dtype", promote_dtype)
         arrays = (inputs, self.kernel[...], self.bias[...])
@@ -122,9 +122,9 @@ class ConvTranspose(flax.nnx.ConvTranspose):
       out_features: the number of output channels.
       kernel_size: taps along each spatial axis; an int for one axis.
       strides: pixels of the result from one pixel of the inputs to the next; None is 1.
-      padding: "SAME" (size * strides), "VALID", "CIRCULAR" (periodic), an int, or for each spatial axis an
-        int or a pair. Numbers are pixels put *around* the inputs with their zeros, as in `jax.lax`; see
-        `padding_convention`.
+      padding: "SAME" (size * strides), "SAME_LOWER", "VALID", "CIRCULAR" (periodic), an int, or for each
+        spatial axis an int or a pair. Numbers are pixels put *around* the inputs with their zeros, as in
+        `jax.lax`; see `padding_convention`.
       kernel_dilation: pixels from one tap to the next; None is 1.
       use_bias: whether a bias is added.
       mask: what the kernel is multiplied by, in its shape.

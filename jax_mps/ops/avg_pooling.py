@@ -56,12 +56,13 @@ def avg_pool(
         float16 or bfloat16.
       window_shape: taps of a window along each spatial axis; ints and tuples as for `max_pool`.
       strides: pixels from one window to the next. Libraries disagree about a default, so there is none.
-      padding: "VALID", "SAME", an int, or a `(low, high)` pair for each spatial axis; negative crops.
+      padding: "VALID", "SAME", "SAME_LOWER", an int, or a `(low, high)` pair for each spatial axis;
+        negative crops.
       window_dilation: pixels from one tap to the next.
       count_include_pad: whether taps in the padding count in N.
       ceil_mode: rounds the number of windows up as PyTorch does. Not with a string for `padding`.
       divisor_override: N for all windows, any integer but 0.
-      data_format: "channels_last" or "channels_first".
+      data_format: "channels_last" or "channels_first"; "NHWC", "NCHW" and their like also check the axes.
       implementation: None chooses; "native" or "xla" forces a path.
 
     Returns:
@@ -127,7 +128,7 @@ def avg_pool_gradient(
       count_include_pad: as for `avg_pool`.
       ceil_mode: as for `avg_pool`.
       divisor_override: as for `avg_pool`.
-      data_format: "channels_last" or "channels_first".
+      data_format: "channels_last" or "channels_first"; "NHWC", "NCHW" and their like also check the axes.
       implementation: None chooses; "native" or "xla" forces a path.
 
     Returns:

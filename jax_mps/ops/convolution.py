@@ -74,15 +74,16 @@ def conv(
       kernel: array of shape `(*window, in / groups, out)` and of the dtype of `x`; its shape says how many
         spatial axes there are. A weight of PyTorch is one after `jnp.moveaxis(weight, (0, 1), (-1, -2))`.
       strides: pixels of `x` from one pixel of `y` to the next; an int, or one for each spatial axis.
-      padding: pixels around `x`: "VALID" (none), "SAME" (outputs = ceil(size / strides)), an int for all
-        sides, or a `(low, high)` pair for each spatial axis. Negative numbers crop.
+      padding: pixels around `x`: "VALID" (none), "SAME" (outputs = ceil(size / strides)), "SAME_LOWER" (the
+        same, the odd pixel before the image), an int for all sides, or a
+        `(low, high)` pair for each spatial axis. Negative numbers crop.
       input_dilation: pixels from one pixel of `x` to the next: the `input_dilation - 1` zeros between them
         are pixels of `x` to all other arguments, but are not multiplied. With `strides` above 1 too, the
         results of stride 1 are computed, and those wanted are picked.
       kernel_dilation: pixels of `x` from one tap to the next.
       groups: the number of groups of channels, which divides those of `x` and of `y`; as many groups as
         channels is depthwise.
-      data_format: "channels_last" or "channels_first".
+      data_format: "channels_last" or "channels_first"; "NHWC", "NCHW" and their like also check the axes.
       precision: what `jax.lax` calls precision, for matrix units that can multiply with less than float32.
         Native kernels always have all of it.
       preferred_element_type: the dtype of the result, a float at least as wide as that of `x`, which is the
@@ -147,6 +148,7 @@ def conv_transpose(
     strides: Ints = 1,
     padding: Padding = "VALID",
     output_padding: Ints = 0,
+    output_size: Ints | None = None,
     kernel_dilation: Ints = 1,
     groups: int = 1,
     transpose_kernel: bool = False,
@@ -179,15 +181,17 @@ def conv_transpose(
       bias: array of shape `(out,)`, of any floating dtype no wider than the sums; None adds nothing.
       strides: pixels of `y` from one pixel of `x` to the next; an int, or one for each spatial axis.
       padding: that of the ordinary convolution of `y` to `x`, which is cut off here: "VALID" (none), "SAME"
-        (outputs = size * strides), an int for all sides, or a `(low, high)` pair for each spatial axis.
-        Negative numbers add zeros. `conventions` has the paddings of other libraries.
+        (outputs = size * strides), "SAME_LOWER", an int for all sides, or a `(low, high)` pair for each
+        spatial axis. Negative numbers add zeros. `conventions` has the paddings of other libraries.
       output_padding: pixels that the high end of each axis has beyond the least size: 0 to
         `max(strides, kernel_dilation) - 1`. Not with "SAME".
+      output_size: instead, the pixels of `y` along each spatial axis, as PyTorch takes them; an int, or one
+        for each spatial axis. Not with "SAME".
       kernel_dilation: pixels of `y` from one tap to the next.
       groups: the number of groups of channels, which divides those of `x` and of `y`; as many groups as
         channels is depthwise.
       transpose_kernel: which of the two kernels above it is.
-      data_format: "channels_last" or "channels_first".
+      data_format: "channels_last" or "channels_first"; "NHWC", "NCHW" and their like also check the axes.
       precision: what `jax.lax` calls precision, for matrix units that can multiply with less than float32.
         Native kernels always have all of it.
       preferred_element_type: the dtype of the result, a float at least as wide as that of `x`, which is the
@@ -220,6 +224,13 @@ def conv_transpose(
     """
     image = operands.array("x", x, FLOATS)
     weights = operands.array("kernel", kernel, FLOATS)
+    if output_size is not None:
+        if output_padding != 0:
+            raise ValueError(f"output_padding must be 0 with output_size={output_size}, got {output_padding}")
+        output_padding = geometry.output_padding_of(
+            output_size, image.shape, _taps("kernel", weights.shape), strides, padding, kernel_dilation,
+            data_format,
+        )  # fmt: skip
     call = _place(
         image.shape, weights.shape, strides, padding, output_padding, kernel_dilation, groups,
         transpose_kernel, data_format, precision, implementation, source="x",
@@ -267,7 +278,7 @@ def conv_transpose_gradient_data(
       kernel_dilation: pixels from one tap to the next.
       groups: the number of groups of channels.
       transpose_kernel: which of the two kernels it is.
-      data_format: "channels_last" or "channels_first".
+      data_format: "channels_last" or "channels_first"; "NHWC", "NCHW" and their like also check the axes.
       precision: as for `conv_transpose`.
       preferred_element_type: the dtype of the result, by default that of `source_gradient`.
       implementation: None chooses; "native" or "xla" forces a path.
@@ -334,7 +345,7 @@ def conv_transpose_gradient_weights(
       kernel_dilation: pixels from one tap to the next.
       groups: the number of groups of channels.
       transpose_kernel: which of the two kernels is wanted.
-      data_format: "channels_last" or "channels_first".
+      data_format: "channels_last" or "channels_first"; "NHWC", "NCHW" and their like also check the axes.
       precision: as for `conv_transpose`.
       preferred_element_type: the dtype of the result, by default that of `source_gradient`.
       implementation: None chooses; "native" or "xla" forces a path.
@@ -430,7 +441,7 @@ def _params(
     return {
         "window": window,
         "start": start,
-        "channels_last": data_format == "channels_last",
+        "channels_last": geometry.channels_last(data_format, window.rank),
         "groups": geometry.integer("groups", groups),
         "transpose_kernel": transpose_kernel,
         "precision": _precision(precision),

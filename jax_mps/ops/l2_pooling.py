@@ -59,10 +59,11 @@ def l2_pool(
         float16 or bfloat16.
       window_shape: taps of a window along each spatial axis; ints and tuples as for `max_pool`.
       strides: pixels from one window to the next. Libraries disagree about a default, so there is none.
-      padding: "VALID", "SAME", an int, or a `(low, high)` pair for each spatial axis; negative crops.
+      padding: "VALID", "SAME", "SAME_LOWER", an int, or a `(low, high)` pair for each spatial axis;
+        negative crops.
       window_dilation: pixels from one tap to the next.
       ceil_mode: rounds the number of windows up as PyTorch does. Not with a string for `padding`.
-      data_format: "channels_last" or "channels_first".
+      data_format: "channels_last" or "channels_first"; "NHWC", "NCHW" and their like also check the axes.
       implementation: None chooses; "native" or "xla" forces a path.
 
     Returns:
@@ -117,7 +118,7 @@ def l2_pool_gradient(
       padding: as for `l2_pool`.
       window_dilation: pixels from one tap to the next.
       ceil_mode: as for `l2_pool`.
-      data_format: "channels_last" or "channels_first".
+      data_format: "channels_last" or "channels_first"; "NHWC", "NCHW" and their like also check the axes.
       implementation: None chooses; "native" or "xla" forces a path.
 
     Returns:

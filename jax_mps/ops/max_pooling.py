@@ -99,13 +99,14 @@ def max_pool(
         `window_dilation` are all plain ints, they apply to every spatial axis and `x` has exactly one
         batch axis; otherwise the length of a tuple is the number of spatial axes.
       strides: pixels from one window to the next. Libraries disagree about a default, so there is none.
-      padding: "VALID" (none), "SAME" (outputs = ceil(size / strides), the odd pixel after the image), an
-        int for all sides, or a `(low, high)` pair for each spatial axis. Negative numbers crop.
+      padding: "VALID" (none), "SAME" (outputs = ceil(size / strides), the odd pixel after the image),
+        "SAME_LOWER" (before it), an int for all sides, or a `(low, high)` pair for each spatial axis.
+        Negative numbers crop.
       window_dilation: pixels from one tap to the next.
       ceil_mode: rounds the number of windows up instead of down, as PyTorch does: the last windows may
         hang over the padding, but must start inside the image or its low padding. Not with a string.
       return_indices: also return where the maxima are.
-      data_format: "channels_last" or "channels_first".
+      data_format: "channels_last" or "channels_first"; "NHWC", "NCHW" and their like also check the axes.
       implementation: None chooses; "native" or "xla" forces a path.
 
     Returns:
@@ -177,7 +178,7 @@ def max_pool_gradient(
       padding: as for `max_pool`.
       window_dilation: pixels from one tap to the next.
       ceil_mode: as for `max_pool`.
-      data_format: "channels_last" or "channels_first".
+      data_format: "channels_last" or "channels_first"; "NHWC", "NCHW" and their like also check the axes.
       implementation: None chooses; "native" or "xla" forces a path.
 
     Returns:

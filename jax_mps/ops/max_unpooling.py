@@ -11,7 +11,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.typing import ArrayLike
 
 from jax_mps import _compat, geometry
@@ -28,6 +30,7 @@ def max_unpool(
     indices: ArrayLike,
     output_shape: Sequence[int],
     *,
+    indices_shape: Sequence[int] | None = None,
     data_format: DataFormat = "channels_last",
     implementation: str | None = None,
 ) -> jax.Array:
@@ -45,7 +48,10 @@ def max_unpool(
       indices: int32 flat positions in the plane, in the shape of `y`, as `max_pool(...,
         return_indices=True)` gives them.
       output_shape: the spatial sizes of the result; its length is the number of spatial axes.
-      data_format: "channels_last" or "channels_first".
+      indices_shape: the spatial sizes of the plane that `indices` are positions of, by default
+        `output_shape`. Of another plane, rows and columns stay, and what lies outside `output_shape` is
+        dropped.
+      data_format: "channels_last" or "channels_first"; "NHWC", "NCHW" and their like also check the axes.
       implementation: None chooses; "native" or "xla" forces a path.
 
     Returns:
@@ -62,6 +68,11 @@ def max_unpool(
       >>> y, at = jax_mps.max_pool(x, 2, strides=2, return_indices=True)
       >>> jax_mps.max_unpool(y, at, (4,)).ravel()
       Array([0., 5., 0., 4.], dtype=float32)
+      >>> plane = jnp.array([[1., 2.], [3., 4.]]).reshape(1, 2, 2, 1)
+      >>> y, at = jax_mps.max_pool(plane, 2, strides=2, return_indices=True)
+      >>> jax_mps.max_unpool(y, at, (2, 3), indices_shape=(2, 2))[0, ..., 0]
+      Array([[0., 0., 0.],
+             [0., 4., 0.]], dtype=float32)
 
     Source: PyTorch's `max_unpool2d`, with a fixed rule for duplicates.
     """
@@ -79,6 +90,8 @@ def max_unpool(
             f"y must have {len(sizes)} spatial axes and a channel axis, got shape {values.shape}"
         )
     operands.check_shape("indices", positions, values.shape, "that of y")
+    if indices_shape is not None:
+        positions = _in_plane(positions, geometry.shape("indices_shape", indices_shape), sizes)
     start = geometry.spatial_start(values.ndim, len(sizes), data_format)
     source = tuple(values.shape[start : start + len(sizes)])
     rule.check_implementation(implementation, static=static and all(isinstance(n, int) for n in source))
@@ -89,6 +102,23 @@ def max_unpool(
         start=start,
         implementation=implementation,
     )
+
+
+def _in_plane(positions: Array, plane: tuple[Any, ...], sizes: tuple[Any, ...]) -> Array:
+    """Positions in a plane as positions in one of other sizes; -1 where that has no such pixel."""
+    if len(plane) != len(sizes) or not all(isinstance(n, int) and n > 0 for n in plane):
+        raise ValueError(
+            f"indices_shape must be {len(sizes)} sizes of at least 1, as output_shape, got {plane}"
+        )
+    if plane == sizes:
+        return positions
+    inside = (positions >= 0) & (positions < math.prod(plane))
+    rest, moved, step = positions, jnp.zeros_like(positions), 1
+    for n, size in zip(reversed(plane), reversed(sizes), strict=True):
+        rest, pixel = lax.div(rest, np.int32(n)), lax.rem(rest, np.int32(n))
+        inside &= pixel < size
+        moved, step = moved + pixel * step, step * size
+    return jnp.where(inside, moved, np.int32(-1))
 
 
 # --- primitives ---------------------------------------------------------------------------------------

@@ -320,6 +320,23 @@ def test_lower_says_what_cannot_be(arguments, message, capsys):
     assert message in output.err
 
 
+def test_lower_corrects_the_case_of_a_platform(capsys):
+    shape = ("max_pool", "--shape", "1,4,4,2", "--platform")
+    outputs = []
+    for name in ("METAL", "metal", "MPS", "mps"):
+        assert cli.main(["lower", *shape, name]) == 0
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1]
+    assert outputs[2] == outputs[3]
+
+
+def test_lower_knows_no_other_platforms(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["lower", "max_pool", "--shape", "1,4,4,2", "--platform", "vulkan"])
+    error = capsys.readouterr().err
+    assert "must be one of cpu, cuda, rocm, tpu, METAL, mps, got 'vulkan'" in error
+
+
 def test_lower_of_float64():
     run = command("lower", "l2_pool", "--shape", "1,4,4,2", "--dtype", "float64")
     assert (run.returncode, run.stdout) == (2, "")

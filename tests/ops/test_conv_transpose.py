@@ -224,8 +224,9 @@ def test_ways_to_write_arguments(way):
     assert str(one) == str(other)
 
 
-def test_strings_pad_as_documented():
-    """SAME gives size * strides, and is the padding of the ordinary convolution from there to here."""
+@pytest.mark.parametrize("name", ["SAME", "SAME_LOWER"])
+def test_strings_pad_as_documented(name):
+    """Both give size * strides, and are the padding of the ordinary convolution from there to here."""
     for length, window, stride, dilation in [
         (5, 3, 2, 1),
         (4, 2, 3, 1),
@@ -236,20 +237,88 @@ def test_strings_pad_as_documented():
         x, kernel = np.zeros((1, length, 1), np.float32), np.zeros((window, 1, 1), np.float32)
         call = {"strides": stride, "kernel_dilation": dilation}
         size = length * stride
-        y = jax.eval_shape(functools.partial(jax_mps.conv_transpose, padding="SAME", **call), x, kernel)
+        y = jax.eval_shape(functools.partial(jax_mps.conv_transpose, padding=name, **call), x, kernel)
         assert y.shape == (1, size, 1)
         # What `lax` pads for a convolution that has the pixels we return.
         extent = (window - 1) * dilation + 1
-        ((lo, hi),) = jax.lax.padtype_to_pads((size,), (extent,), (stride,), "SAME")
+        ((lo, hi),) = jax.lax.padtype_to_pads((size,), (extent,), (stride,), name)
         assert (size + lo + hi - extent) // stride + 1 == length
         pairs = functools.partial(jax_mps.conv_transpose, padding=((lo, hi),), **call)
         missing = size - jax.eval_shape(pairs, x, kernel).shape[1]
         assert 0 <= missing < max(stride, dilation)
         named, paired = (
             jax.make_jaxpr(functools.partial(jax_mps.conv_transpose, **call, **padding))(x, kernel)
-            for padding in ({"padding": "SAME"}, {"padding": ((lo, hi),), "output_padding": missing})
+            for padding in ({"padding": name}, {"padding": ((lo, hi),), "output_padding": missing})
         )
         assert str(named) == str(paired)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_output_size_as_in_pytorch(rank, implementation):
+    torch = pytest.importorskip("torch")
+    x, weight = oracle.normal((2, 4, *(5, 4, 3)[:rank])), oracle.normal((4, 3, *(3, 4, 2)[:rank]), seed=1)
+    stride, dilation = (3, 2, 1)[:rank], (1, 1, 2)[:rank]
+    layer = getattr(torch.nn, f"ConvTranspose{rank}d")(
+        4, 3, weight.shape[2:], stride, padding=1, dilation=dilation, bias=False
+    )
+    layer.weight.data[:] = torch.tensor(weight)
+    least = layer(torch.tensor(x)).shape[2:]
+    call = functools.partial(
+        jax_mps.conv_transpose, x, jax_mps.kernel_from_torch(weight), strides=stride, padding=1,
+        kernel_dilation=dilation, data_format="channels_first", implementation=implementation,
+    )  # fmt: skip
+    for more in range(2):
+        size = tuple(n + min(more, s - 1) for n, s in zip(least, stride, strict=True))
+        expected = layer(torch.tensor(x), output_size=size).detach().numpy()
+        np.testing.assert_allclose(call(output_size=size), expected, rtol=1e-5, atol=1e-5)
+    most = [n + max(s, d) - 1 for n, s, d in zip(least, stride, dilation, strict=True)]
+    for wrong in (least[0] - 1, most[0] + 1):
+        match = rf"output_size must be {least[0]} to {most[0]} on spatial axis 0, .* got {wrong}"
+        with pytest.raises(ValueError, match=match):
+            call(output_size=(wrong, *least[1:]))
+    with pytest.raises(ValueError, match=r"output_padding must be 0 with output_size=.* got 1"):
+        call(output_size=most, output_padding=1)
+    with pytest.raises(TypeError, match=r"output_size must be an int known at trace time, got 1.5"):
+        call(output_size=1.5)
+
+
+@pytest.mark.parametrize("name", ["SAME", "SAME_LOWER"])
+def test_no_output_size_with_strings(name):
+    x, kernel = np.zeros((1, 4, 1), np.float32), np.zeros((3, 1, 1), np.float32)
+    with pytest.raises(ValueError, match=f"output_size must be None with padding='{name}'"):
+        jax_mps.conv_transpose(x, kernel, padding=name, output_size=4)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+@pytest.mark.parametrize("last", [True, False])
+def test_short_names_of_layouts(rank, last):
+    """They mean the same, and check the number of axes."""
+    names = ("NWC", "NHWC", "NDHWC") if last else ("NCW", "NCHW", "NCDHW")
+    long = "channels_last" if last else "channels_first"
+    x = oracle.normal((2, *(4,) * rank, 4) if last else (2, 4, *(4,) * rank))
+    kernel = oracle.normal((*(2,) * rank, 4, 4))
+    window = {"window_shape": (2,) * rank, "strides": 2}
+    for call in (
+        functools.partial(jax_mps.max_pool, x, **window),
+        functools.partial(jax_mps.avg_pool, x, **window),
+        functools.partial(jax_mps.l2_pool, x, **window),
+        functools.partial(jax_mps.max_unpool, x, x.astype(np.int32), (6,) * rank),
+        functools.partial(jax_mps.conv, x, kernel),
+        functools.partial(jax_mps.conv_transpose, x, kernel),
+    ):
+        np.testing.assert_array_equal(call(data_format=names[rank - 1]), call(data_format=long))
+        other, axes = names[rank % 3], rank % 3 + 1
+        with pytest.raises(ValueError, match=rf"data_format='{other}' has {axes} spatial axes, .* {rank}"):
+            call(data_format=other)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_pooling_pads_as_jax_with_same_lower(rank):
+    x = oracle.normal((2, *(5, 7, 6)[:rank], 3))
+    window, strides = (2, 3, 4)[:rank], (1, 2, 1)[:rank]
+    y = jax_mps.max_pool(x, window, strides=strides, padding="SAME_LOWER")
+    expected = jax.lax.reduce_window(x, -np.inf, jax.lax.max, (1, *window, 1), (1, *strides, 1), "SAME_LOWER")
+    np.testing.assert_array_equal(y, expected)
 
 
 def test_nested_lists_are_arrays(implementation):

@@ -115,10 +115,13 @@ BAD_VALUES = {
     ),
     "pairs of one": ({"padding": ((1,), (1,))}, r"padding must be .* pair .*\(\(1,\), \(1,\)\)"),
     "no pairs": ({"padding": (1, 1)}, r"padding must be .* pair .*\(1, 1\)"),
-    "unknown padding": ({"padding": "FULL"}, r"padding must be 'VALID', 'SAME', an int or pairs, got 'FULL'"),
+    "unknown padding": (
+        {"padding": "FULL"},
+        r"padding must be 'VALID', 'SAME', 'SAME_LOWER', an int or pairs, got 'FULL'",
+    ),
     "unknown layout": (
-        {"data_format": "NHWC"},
-        r"data_format must be 'channels_last' or 'channels_first', got 'NHWC'",
+        {"data_format": "HWCN"},
+        r"data_format must be one of 'channels_last', 'channels_first', 'NWC', .*, got 'HWCN'",
     ),
     "everything cut off": (
         {"padding": ((0, 0), (4, 6))},
@@ -244,9 +247,9 @@ def test_traced_values(function, argument):
 @every_function
 def test_keywords_only(function):
     with pytest.raises(TypeError, match="positional"):
-        jax_mps.conv_transpose(X, KERNEL, 2)
+        jax_mps.conv_transpose(X, KERNEL, None, 2)
     with pytest.raises(TypeError, match="positional"):
-        jax_mps.conv(X, KERNEL, 2)
+        jax_mps.conv(X, KERNEL, None, 2)
     with pytest.raises(TypeError, match="positional"):
         jax_mps.conv_transpose_gradient_data(G, KERNEL, X.shape, 2)
     with pytest.raises(TypeError, match="positional"):

@@ -81,10 +81,13 @@ BAD_VALUES = {
     "pairs of three": ({"padding": ((1, 1, 1), (1, 1, 1))}, r"padding must be .* pair"),
     "no pairs": ({"padding": (1, 1)}, r"padding must be .* pair .*\(1, 1\)"),
     "strings in pairs": ({"padding": ("SAME", "SAME")}, r"padding must be .* pair"),
-    "unknown padding": ({"padding": "FULL"}, r"padding must be 'VALID', 'SAME', an int or pairs, got 'FULL'"),
-    "SAME_LOWER": (
-        {"padding": "SAME_LOWER"},
-        r"padding must be 'VALID', 'SAME', an int or pairs, got 'SAME_LOWER'",
+    "unknown padding": (
+        {"padding": "FULL"},
+        r"padding must be 'VALID', 'SAME', 'SAME_LOWER', an int or pairs, got 'FULL'",
+    ),
+    "ceil with SAME_LOWER": (
+        {"padding": "SAME_LOWER", "ceil_mode": True},
+        r"ceil_mode=True needs padding as an int or pairs, got 'SAME_LOWER'",
     ),
     "ceil with SAME": (
         {"padding": "SAME", "ceil_mode": True},
@@ -95,8 +98,12 @@ BAD_VALUES = {
         r"ceil_mode=True needs padding .* got 'VALID'",
     ),
     "unknown layout": (
-        {"data_format": "NHWC"},
-        r"data_format must be 'channels_last' or 'channels_first', got 'NHWC'",
+        {"data_format": "HWCN"},
+        r"data_format must be one of 'channels_last', 'channels_first', 'NWC', .*, got 'HWCN'",
+    ),
+    "layout of another rank": (
+        {"data_format": "NWC"},
+        r"data_format='NWC' has 1 spatial axes, the other arguments 2",
     ),
     "no layout": ({"data_format": None}, r"data_format must be .* got None"),
     "window too large": (
@@ -354,7 +361,7 @@ def test_unpool():
     refuse(
         call,
         ValueError,
-        "data_format must be 'channels_last' or 'channels_first', got 'NCL'",
+        "data_format must be one of 'channels_last', .*, got 'NCL'",
         y,
         data_format="NCL",
     )

@@ -127,3 +127,35 @@ def test_a_smaller_and_a_larger_plane(unpool):
     np.testing.assert_array_equal(
         unpool(y[:, :, None], indices[:, :, None], (2, 3)).ravel(), [1, 0, 3, 0, 0, 2]
     )
+
+
+PLANES = [((4, 6), (5, 6)), ((4, 6), (3, 7)), ((6,), (4,)), ((2, 4, 4), (3, 3, 5))]
+
+
+@pytest.mark.parametrize("data_format", grid.FORMATS)
+@pytest.mark.parametrize(("plane", "sizes"), PLANES, ids=str)
+def test_indices_of_another_plane(plane, sizes, data_format, unpool):
+    """As to unpool to that plane, and to cut or pad the result."""
+    shape = (2, *plane, 3) if data_format == "channels_last" else (2, 3, *plane)
+    x = oracle.distinct(shape)
+    y, at = jax_mps.max_pool(x, (2,) * len(plane), strides=2, data_format=data_format, return_indices=True)
+    at = at.at[0, 0].add(-100)  # some are outside of every plane
+    start = 1 if data_format == "channels_last" else 2
+    expected = np.asarray(unpool(y, at, plane, data_format=data_format))
+    for axis, (n, size) in enumerate(zip(plane, sizes, strict=True), start):
+        pads = [(0, max(size - n, 0)) if i == axis else (0, 0) for i in range(x.ndim)]
+        expected = np.take(np.pad(expected, pads), range(size), axis)
+    call = functools.partial(unpool, output_shape=sizes, indices_shape=plane, data_format=data_format)
+    np.testing.assert_array_equal(call(y, at), expected)
+    np.testing.assert_array_equal(jax.jit(call)(y, at), expected)
+    ours = jax.grad(lambda y: jnp.sum(call(y, at) ** 2))(y)
+    np.testing.assert_array_equal(np.sort(ours[ours != 0]), np.sort(2 * expected[expected != 0]))
+
+
+def test_wrong_planes_of_indices(unpool):
+    y, at = jnp.ones((1, 2, 2, 1)), jnp.zeros((1, 2, 2, 1), jnp.int32)
+    for plane in ((4,), (4, 4, 4), (0, 4)):
+        with pytest.raises(ValueError, match="indices_shape must be 2 sizes of at least 1"):
+            unpool(y, at, (4, 4), indices_shape=plane)
+    with pytest.raises(TypeError, match="indices_shape must be a sequence of ints"):
+        unpool(y, at, (4, 4), indices_shape=4)
