@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from jax_mps import conventions
 from jax_mps._version import __version__
 from jax_mps.conventions import kernel_from_torch, kernel_to_torch
+from jax_mps.lowering import library
 from jax_mps.lowering.library import native_available
 from jax_mps.ops.avg_pooling import avg_pool, avg_pool_gradient
 from jax_mps.ops.convolution import (
@@ -43,6 +44,9 @@ __all__ = [
     "mps",
     "native_available",
 ]
+
+
+library.register()
 
 
 def __getattr__(name: str) -> Any:

@@ -1,7 +1,8 @@
-"""The native library: found, checked and registered, once, when a CPU lowering first asks for it."""
+"""The native library: found, checked and registered, once, when the package is imported."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import functools
@@ -81,6 +82,15 @@ def native_available() -> bool:
       True
     """
     return status().available
+
+
+def register() -> None:
+    """Registers the kernels, if they can be had, for executables that were serialised in another process.
+
+    Whoever needs the kernels asks `status`, which says what is wrong.
+    """
+    with contextlib.suppress(RuntimeError, ValueError):
+        status()
 
 
 @functools.cache

@@ -204,16 +204,58 @@ with warnings.catch_warnings(record=True) as caught:
 print(jax_mps.native_available(), float(y), float(dx.sum()), len(caught))
 print(caught[0].message)
 """
-NEWER = "from jax_mps import _compat; _compat.ffi_api_minor = lambda: 0"
+# A jaxlib whose headers say that it speaks API 0.0.
+NEWER = """
+import pathlib
+try:
+    from jax import ffi
+except ImportError:
+    from jax.extend import ffi
+header = pathlib.Path({folder!r}, "xla", "ffi", "api", "c_api.h")
+header.parent.mkdir(parents=True)
+header.write_text("#define XLA_FFI_API_MINOR 0")
+ffi.include_dir = lambda: {folder!r}
+"""
 
 
 @pytest.mark.usefixtures("native")
-def test_a_library_newer_than_jaxlib_is_refused_with_one_warning():
-    first, second = finish(start(f"{NEWER}\n{USE}", JAX_MPS_NATIVE="auto")).splitlines()
+def test_a_library_newer_than_jaxlib_is_refused_with_one_warning(tmp_path):
+    newer = NEWER.format(folder=str(tmp_path))
+    first, second = finish(start(f"{newer}\n{USE}", JAX_MPS_NATIVE="auto")).splitlines()
     assert first == "False 40.0 4.0 1"
     assert second.startswith(
         "jax_mps uses its StableHLO path on the CPU: the native library speaks FFI API 0."
     )
+
+
+SAVED = """
+import pickle
+import jax, jax.numpy as jnp, jax_mps
+from jax.experimental import serialize_executable
+step = jax.jit(jax.grad(lambda x: jax_mps.max_pool(x, 2, strides=2, implementation="native").sum()))
+compiled = step.lower(jnp.ones((1, 8, 8, 3))).compile()
+pickle.dump(serialize_executable.serialize(compiled), open({path!r}, "wb"))
+"""
+LOADED = """
+import pickle
+import jax.numpy as jnp, jax_mps
+from jax.experimental import serialize_executable
+step = serialize_executable.deserialize_and_load(*pickle.load(open({path!r}, "rb")))
+print(step(jnp.ones((1, 8, 8, 3))).sum())
+"""
+
+
+@pytest.mark.usefixtures("native")
+def test_a_serialised_executable_runs_where_the_package_is_imported(tmp_path):
+    path = str(tmp_path / "step")
+    finish(start(SAVED.format(path=path)))
+    assert finish(start(LOADED.format(path=path))) == "48.0\n"
+
+
+@pytest.mark.usefixtures("native")
+def test_the_import_starts_no_devices():
+    code = "import jax_mps; from jax._src import xla_bridge; print(xla_bridge.backends_are_initialized())"
+    assert finish(start(code)) == "False\n"
 
 
 # --- source and library from different installations --------------------------------------------------
