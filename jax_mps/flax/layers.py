@@ -17,7 +17,7 @@ from jax.typing import ArrayLike, DTypeLike
 import jax_mps
 from jax_mps import conventions, geometry
 from jax_mps.geometry import Ints, Padding
-from jax_mps.ops.convolution import Precision, unrounded
+from jax_mps.ops.convolution import UNROUNDED, Precision, unrounded
 from jax_mps.ops.max_unpooling import max_unpool
 from jax_mps.ops.operands import FLOATS, INTEGERS, array
 
@@ -351,7 +351,9 @@ class Convolution:
             dimension_numbers=dimension_numbers,
             feature_group_count=feature_group_count,
             precision=precision,
-            preferred_element_type=preferred_element_type,
+            preferred_element_type=jnp.float32
+            if preferred_element_type is UNROUNDED
+            else preferred_element_type,
             **others,
         )
 
@@ -393,7 +395,7 @@ def round_half(y: jax.Array, promote: Callable[[], Any], preferred: DTypeLike | 
 
 def _canonical(dtype: DTypeLike | None) -> Any:
     """The type that stock JAX makes of `dtype`: float32 of float64 without 64-bit types."""
-    return None if dtype is None else dtypes.canonicalize_dtype(dtype)
+    return dtype if dtype in (None, UNROUNDED) else dtypes.canonicalize_dtype(dtype)
 
 
 def _obstacle(
@@ -412,7 +414,7 @@ def _obstacle(
         return f"dtype {lhs.dtype.name}, ours are {', '.join(FLOATS)}"
     if lhs.dtype != rhs.dtype:
         return f"operands of two dtypes, {lhs.dtype.name} and {rhs.dtype.name}"
-    wanted = lhs.dtype if preferred is None else _canonical(preferred)
+    wanted = lhs.dtype if preferred in (None, UNROUNDED) else _canonical(preferred)
     if wanted != lhs.dtype and (wanted.name not in FLOATS or wanted.itemsize <= lhs.dtype.itemsize):
         return f"{lhs.dtype.name} with a result of {wanted.name}"
     if isinstance(padding, str):  # stock JAX raises

@@ -498,9 +498,11 @@ def _precision(precision: Precision) -> Any:
         ) from None
 
 
-def _preferred(preferred: DTypeLike | None, dtype: np.dtype[Any]) -> np.dtype[Any]:
+def _preferred(preferred: Any, dtype: np.dtype[Any]) -> Any:
     if preferred is None:
         return dtype
+    if preferred is UNROUNDED:
+        return preferred
     wanted = jnp.dtype(preferred)
     if wanted.name not in FLOATS or (wanted != dtype and wanted.itemsize <= dtype.itemsize):
         raise TypeError(
@@ -513,6 +515,13 @@ def _preferred(preferred: DTypeLike | None, dtype: np.dtype[Any]) -> np.dtype[An
 
 
 # --- sums that are rounded later ----------------------------------------------------------------------
+
+UNROUNDED: Any = object()
+"""As a dtype: that of the sums, for numbers that will be rounded to the dtype of the operands.
+
+Where the processor's own products give half precision (CUDA, Apple), they are rounded already: its convolutions
+with results in float32 take up to twice as long.
+"""
 
 _Convolve = Callable[[Array, Array, Any], Array]
 """A convolution of an image and a kernel to a result of a given dtype."""
@@ -551,7 +560,7 @@ def unrounded(convolve: _Convolve, x: Array, kernel: Array, out_dtype: Any) -> A
 
     @jax.custom_jvp
     def sum_up(x: Array, kernel: Array) -> Array:
-        return convolve(x, kernel, sums)
+        return convolve(x, kernel, UNROUNDED)
 
     def jvp(primals: tuple[Array, Array], tangents: tuple[Any, Any]) -> tuple[Array, Array]:
         (x, kernel), (dx, dkernel) = primals, tangents
@@ -589,12 +598,15 @@ def gradient_weights(g: Array, x: Array, *, out_dtype: Any, **params: Any) -> Ar
 def _bind(prim: Any, a: Array, b: Array, out_dtype: Any, params: dict[str, Any]) -> Array:
     """Binds with operands of one type, and a result of that type or of the one that it accumulates in."""
     dtype = max(a.dtype, b.dtype, key=lambda t: t.itemsize)
+    rounds_later = out_dtype is UNROUNDED
+    if rounds_later:
+        out_dtype = rule.accumulator(dtype)
     if out_dtype == np.float64:
         dtype = np.dtype(np.float64)
     a, b = (lax.convert_element_type(v, dtype) for v in (a, b))
     narrow = np.dtype(out_dtype).itemsize <= dtype.itemsize and out_dtype != dtype
     bound_dtype = rule.accumulator(dtype) if narrow else np.dtype(out_dtype)
-    out = prim.bind(*_compat.vary_alike(a, b), out_dtype=bound_dtype, **params)
+    out = prim.bind(*_compat.vary_alike(a, b), out_dtype=bound_dtype, rounds_later=rounds_later, **params)
     return lax.convert_element_type(out, out_dtype)
 
 
@@ -775,8 +787,8 @@ conv_transpose_gradient_weights_p = primitive.define(
 def _transpose(function: Callable[..., Array], i: int) -> Callable[..., Array]:
     """The cotangent of operand `i`: `function` of the cotangent and the other operand, in the type wanted."""
 
-    def transpose(ct: Array, *arrays: Any, out_dtype: Any, **params: Any) -> Array:
-        del out_dtype
+    def transpose(ct: Array, *arrays: Any, out_dtype: Any, rounds_later: bool, **params: Any) -> Array:
+        del out_dtype, rounds_later
         return function(ct, arrays[1 - i], out_dtype=arrays[i].aval.dtype, **params)
 
     return transpose

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from typing import Any, NamedTuple
 
 import jax
@@ -510,6 +511,27 @@ def test_bias(name: str, dtype: str, data_format: str, implementation: str) -> N
             np.testing.assert_allclose(
                 a.astype(jnp.float32), e, rtol=4 * step, atol=4 * step * np.abs(e).max()
             )
+
+
+@pytest.mark.parametrize("platform", ["cuda", "METAL", "mps"])
+@pytest.mark.parametrize("name", ["conv", "conv_transpose"])
+def test_biased_convolutions_stay_in_half_precision_on_matrix_units(name: str, platform: str) -> None:
+    function, options = BIASED[name]
+    x, kernel, bias = (jnp.ones(s, jnp.bfloat16) for s in [(2, 8, 8, 16), (3, 3, 16, 16), (16,)])
+    step = jax.jit(lambda *a: jax.vjp(functools.partial(function, **options), *a)[1](function(*a, **options)))
+    text = step.trace(x, kernel, bias).lower(lowering_platforms=(platform,)).as_text()
+    heavy = [
+        line
+        for line in text.splitlines()
+        if "stablehlo.convolution" in line or "stablehlo.dot_general" in line
+    ]
+    assert heavy
+    assert all("xbf16>, tensor<" in line.partition(" : (")[2] for line in heavy), heavy
+    # The bias is added, and its gradient summed, in float32.
+    assert re.search(r"stablehlo.add .* : tensor<2x\d+x\d+x16xf32>", text)
+    assert re.search(
+        r"stablehlo.reduce\(.*applies stablehlo.add .*xf32>, tensor<f32>\) -> tensor<16xf32>", text
+    )
 
 
 @pytest.mark.parametrize("function", [jax_mps.conv, jax_mps.conv_transpose])

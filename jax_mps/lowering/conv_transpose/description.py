@@ -29,6 +29,7 @@ class Conv:
       transpose_kernel: whether the public kernel is that of the ordinary convolution.
       precision: of matrix products and convolutions, as `jax.lax` takes it.
       out_dtype: the type of the result.
+      rounds_later: whether the result will be rounded to the type of the operands.
       platform: what the program is shaped for.
     """
 
@@ -40,6 +41,7 @@ class Conv:
     transpose_kernel: bool
     precision: Any
     out_dtype: Any
+    rounds_later: bool
     platform: Platform
 
     @property

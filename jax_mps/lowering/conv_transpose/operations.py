@@ -91,8 +91,12 @@ def _to_image(
 def _widened(conv: Conv, *arrays: Array) -> Iterator[Array]:
     """Half precision in the type that sums are formed in, unless the processor's products do that inside."""
     for array in arrays:
-        inside = conv.platform in ("cuda", "apple") and conv.out_dtype == array.dtype
-        yield array if inside else lax.convert_element_type(array, accumulator(array.dtype))
+        half = conv.rounds_later or conv.out_dtype == array.dtype
+        yield (
+            array
+            if half and conv.platform in ("cuda", "apple")
+            else lax.convert_element_type(array, accumulator(array.dtype))
+        )
 
 
 def _one_batch_axis(x: Array, start: int, conv: Conv) -> Array:
