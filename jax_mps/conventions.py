@@ -20,6 +20,7 @@ padding.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -47,14 +48,14 @@ Pairs = tuple[tuple[int, int], ...]
 # --- kernels ------------------------------------------------------------------------------------------
 
 
-def kernel_from_torch(weight: ArrayLike, groups: int = 1, *, transpose_kernel: bool = False) -> jax.Array:
+def kernel_from_torch(weight: Any, groups: int = 1, *, transpose_kernel: bool = False) -> jax.Array:
     """The kernel of `conv_transpose` for a weight of PyTorch's `ConvTranspose1d`, `2d` or `3d`.
 
         transpose_kernel=False   kernel[k, c, g * out / groups + o] = weight[g * in / groups + c, o, K-1-k]
         transpose_kernel=True    kernel[k, o, c] = weight[c, o, k]
 
     Args:
-      weight: array of shape `(in, out / groups, *window)`, of any dtype.
+      weight: array, or tensor or parameter of PyTorch, of shape `(in, out / groups, *window)` and any dtype.
       groups: the number of groups of channels.
       transpose_kernel: what `conv_transpose` will be told.
 
@@ -63,8 +64,9 @@ def kernel_from_torch(weight: ArrayLike, groups: int = 1, *, transpose_kernel: b
       `transpose_kernel`.
 
     Raises:
-      TypeError: `groups` is not an int.
-      ValueError: `weight` does not have 3 to 5 axes, or `groups` does not divide its first.
+      TypeError: `groups` is not an int, or `weight` is a tensor that NumPy cannot hold (sparse, quantized).
+      ValueError: `weight` does not have 3 to 5 axes, `groups` does not divide its first, or there are no
+        values yet (a lazy layer, the device "meta").
 
     Examples:
       >>> import jax.numpy as jnp, jax_mps
@@ -74,7 +76,7 @@ def kernel_from_torch(weight: ArrayLike, groups: int = 1, *, transpose_kernel: b
 
     Source: `torch.nn.ConvTranspose2d`.
     """
-    array = jnp.asarray(weight)
+    array = array_from_torch("weight", weight)
     geometry.flag("transpose_kernel", transpose_kernel)
     groups = _groups(groups, "weight", array, 0)
     kernel = jnp.moveaxis(array, (0, 1), (-1, -2))
@@ -110,6 +112,31 @@ def kernel_to_torch(kernel: ArrayLike, groups: int = 1, *, transpose_kernel: boo
     groups = _groups(groups, "kernel", array, -1)
     ordinary = array if transpose_kernel else _other(array, groups)
     return jnp.moveaxis(ordinary, (-1, -2), (0, 1))
+
+
+def array_from_torch(name: str, value: Any) -> jax.Array:
+    """An array, or a copy of a tensor of PyTorch with its type; `name` is for messages."""
+    torch = sys.modules.get("torch")  # a tensor of PyTorch has imported it
+    if torch is None or not isinstance(value, torch.Tensor):
+        return jnp.asarray(value)
+    if torch.nn.parameter.is_lazy(value):
+        raise ValueError(f"{name} must have values, got a lazy parameter: call the layer once before")
+    if value.is_meta:
+        raise ValueError(
+            f"{name} must have values, got a tensor on the device 'meta': load a checkpoint before, "
+            f"with `load_state_dict(state, assign=True)`"
+        )
+    dtype = str(value.dtype).removeprefix("torch.")
+    narrow = dtype.startswith(("bfloat16", "float8"))  # NumPy has no such types; float32 holds their values
+    value = value.detach().cpu().resolve_conj().resolve_neg()
+    try:
+        array = (value.float() if narrow else value).numpy()
+    except (TypeError, RuntimeError) as error:
+        raise TypeError(
+            f"{name} must be a tensor that NumPy can hold, got {dtype}, {value.layout}"
+        ) from error
+    # A copy, for PyTorch updates its own in place.
+    return jnp.array(array, dtype if narrow else None)
 
 
 def _other(kernel: jax.Array, groups: int) -> jax.Array:

@@ -49,6 +49,35 @@ def test_kernel_from_torch(rank: int, groups: int, transpose_kernel: bool) -> No
     np.testing.assert_array_equal(back, weight)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float8_e4m3fn", "complex64", "int8"])
+def test_kernel_from_a_tensor(dtype: str) -> None:
+    """A tensor, as one that is conjugated; and a copy of it."""
+    torch = pytest.importorskip("torch")
+    tensor = torch.arange(-12, 12).reshape(4, 2, 3).to(getattr(torch, dtype)).conj()
+    kernel = jax_mps.kernel_from_torch(tensor, 2, transpose_kernel=True)
+    assert kernel.dtype == jnp.dtype(dtype)
+    expected = np.moveaxis(np.arange(-12, 12).reshape(4, 2, 3), (0, 1), (-1, -2))
+    np.testing.assert_array_equal(kernel.astype(jnp.complex64), expected)
+    tensor.zero_()
+    np.testing.assert_array_equal(kernel.astype(jnp.complex64), expected)
+
+
+def test_kernel_from_a_parameter() -> None:
+    torch = pytest.importorskip("torch")
+    layer = torch.nn.ConvTranspose1d(4, 6, 3, groups=2)
+    assert layer.weight.requires_grad
+    kernel = jax_mps.kernel_from_torch(layer.weight, 2)
+    np.testing.assert_array_equal(jax_mps.kernel_to_torch(kernel, 2), layer.weight.detach().numpy())
+
+
+def test_kernel_from_a_tensor_that_has_no_array() -> None:
+    torch = pytest.importorskip("torch")
+    with pytest.raises(TypeError, match=r"weight .* NumPy .* torch\.sparse_coo"):
+        jax_mps.kernel_from_torch(torch.ones(1, 1, 2).to_sparse())
+    with pytest.raises(ValueError, match=r"weight .* 'meta'"):
+        jax_mps.kernel_from_torch(torch.ones(1, 1, 2, device="meta"))
+
+
 @pytest.mark.parametrize(
     ("call", "error", "words"),
     [

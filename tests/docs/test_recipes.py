@@ -67,6 +67,8 @@ def test_flax_and_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     y = r["flax_layer"].apply(variables, x)
     np.testing.assert_allclose(r["same_layer"].apply(variables, x), y, rtol=1e-5, atol=1e-5)
 
+    jax.tree.map(np.testing.assert_array_equal, r["from_checkpoint"], r["variables"])
+
     r["norm"].running_mean[:] = torch.tensor([1.0, 2.0, 3.0])
     variables = r["variables_from_torch"]({"ConvTranspose_0": r["conv"], "BatchNorm_0": r["norm"]})
     assert jax.tree.map(jnp.shape, variables) == jax.tree.map(jnp.shape, r["variables"])
