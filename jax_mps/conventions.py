@@ -9,6 +9,7 @@ that the kernel reaches. The result has
 | this one | `(low, high)`, cut off | `N - low - high + output_padding` |
 | PyTorch | p, cut off on both sides | `N - 2 * p + output_padding` |
 | Flax, `jax.lax` | `(a, b)`, put around the image with its zeros | `N - 2 * (E - 1) + a + b` |
+| `jax.lax`, with `use_consistent_padding=True` | `(low, high)`, cut off | `N - low - high` |
 | Flax, `jax.lax` | "VALID" and "SAME" | `L * S + max(E - S, 0)` and `L * S` |
 | Keras | "valid" | `N + output_padding`, by default as Flax |
 | Keras | "same" | `N - 2 * (E // 2) + output_padding`, by default as Flax |
@@ -188,17 +189,25 @@ class _Axes:
 
 
 def padding_from_flax(
-    padding: Padding, window_shape: Sequence[int], *, strides: Ints = 1, kernel_dilation: Ints = 1
+    padding: Padding,
+    window_shape: Sequence[int],
+    *,
+    strides: Ints = 1,
+    kernel_dilation: Ints = 1,
+    use_consistent_padding: bool = False,
 ) -> Pairs:
     """The padding of `conv_transpose` for one of Flax's `ConvTranspose` or `jax.lax.conv_transpose`.
 
-        low = E - 1 - a,    high = E - 1 - b
+        low = E - 1 - a,    high = E - 1 - b        use_consistent_padding=False
+        low = a,            high = b                use_consistent_padding=True
 
     Args:
       padding: "SAME", "VALID", an int for all sides, or an `(a, b)` pair for each spatial axis.
       window_shape: taps of the kernel along each spatial axis.
       strides: as for `conv_transpose`.
       kernel_dilation: as for `conv_transpose`.
+      use_consistent_padding: what a newer `jax.lax.conv_transpose` is told. Numbers are then the padding of
+        the ordinary convolution, as here; the strings mean the same with and without it.
 
     Returns:
       A `(low, high)` pair for each spatial axis.
@@ -213,10 +222,13 @@ def padding_from_flax(
       ((1, 1),)
       >>> jax_mps.conventions.padding_from_flax(1, (4,), strides=2)
       ((2, 2),)
+      >>> jax_mps.conventions.padding_from_flax(1, (4,), strides=2, use_consistent_padding=True)
+      ((1, 1),)
 
     Source: `jax.lax.conv_transpose`.
     """
     axes = _Axes(window_shape, strides, kernel_dilation)
+    geometry.flag("use_consistent_padding", use_consistent_padding)
     if isinstance(padding, str) and padding.upper() in ("SAME", "VALID"):
         same = padding.upper() == "SAME"
         around = []
@@ -224,6 +236,8 @@ def padding_from_flax(
             total = extent + s - 2 + (0 if same else max(extent - s, 0))
             before = extent - 1 if not same or s > extent - 1 else -(-total // 2)
             around.append((before, total - before))
+    elif use_consistent_padding:
+        return axes.pairs(padding)
     else:
         around = list(axes.pairs(padding))
     return tuple((e - 1 - a, e - 1 - b) for e, (a, b) in zip(axes.extent, around, strict=True))
@@ -236,6 +250,7 @@ def padding_to_flax(
     strides: Ints = 1,
     output_padding: Ints = 0,
     kernel_dilation: Ints = 1,
+    use_consistent_padding: bool = False,
 ) -> Pairs:
     """The inverse of `padding_from_flax`: an `(a, b)` pair for each spatial axis, which always exists.
 
@@ -245,9 +260,10 @@ def padding_to_flax(
       strides: pixels of the result from one pixel of the image to the next.
       output_padding: pixels beyond the least size.
       kernel_dilation: pixels from one tap to the next.
+      use_consistent_padding: what `jax.lax.conv_transpose` will be told.
 
     Returns:
-      What `flax.linen.ConvTranspose` takes as `padding`.
+      What `flax.linen.ConvTranspose` takes as `padding`, or `jax.lax.conv_transpose`.
 
     Raises:
       TypeError: an argument has the wrong type.
@@ -261,7 +277,10 @@ def padding_to_flax(
     Source: `jax.lax.conv_transpose`.
     """
     axes = _Axes(window_shape, strides, kernel_dilation)
+    geometry.flag("use_consistent_padding", use_consistent_padding)
     pairs = axes.pairs(padding, output_padding)
+    if use_consistent_padding:
+        return pairs
     return tuple((e - 1 - low, e - 1 - high) for e, (low, high) in zip(axes.extent, pairs, strict=True))
 
 

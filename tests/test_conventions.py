@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from typing import Any
 
@@ -116,6 +117,27 @@ def test_padding_of_flax(k: int, s: int, d: int) -> None:
         np.testing.assert_array_equal(again, expected)
 
 
+@pytest.mark.skipif(
+    "use_consistent_padding" not in inspect.signature(lax.conv_transpose).parameters,
+    reason="this JAX has no such argument",
+)
+@pytest.mark.parametrize("padding", ["SAME", "VALID", ((0, 0),), ((1, 2),), ((-1, 3),)])
+@pytest.mark.parametrize(("k", "s", "d"), [(1, 1, 1), (4, 2, 1), (3, 2, 1), (2, 3, 1), (3, 2, 2)])
+def test_consistent_padding_of_jax(padding: Any, k: int, s: int, d: int) -> None:
+    x, kernel = array(2, 5, 3), array(k, 3, 4)
+
+    def stock(padding: Any) -> jax.Array:
+        return lax.conv_transpose(x, kernel, (s,), padding, rhs_dilation=(d,), use_consistent_padding=True)
+
+    expected = stock(padding)
+    options: dict[str, Any] = {"strides": s, "kernel_dilation": d}
+    pairs = conventions.padding_from_flax(padding, (k,), **options, use_consistent_padding=True)
+    y = jax_mps.conv_transpose(x, kernel, padding=pairs, **options)
+    np.testing.assert_array_equal(y, expected)
+    back = conventions.padding_to_flax(pairs, (k,), **options, use_consistent_padding=True)
+    np.testing.assert_array_equal(stock(back), expected)
+
+
 def test_padding_of_a_flax_layer() -> None:
     layer = flax.linen.ConvTranspose(4, (3, 2), strides=(2, 3), padding="SAME", use_bias=False)
     x = array(1, 4, 5, 3)
@@ -214,6 +236,11 @@ def test_no_such_padding_in_keras() -> None:
         (lambda: conventions.padding_from_keras("full", (3,)), ValueError, ["padding", "'full'", "'same'"]),
         (lambda: conventions.padding_from_keras(1, (3,)), ValueError, ["padding", "1"]),
         (lambda: conventions.padding_from_flax("SAME_LOWER", (3,)), ValueError, ["padding", "SAME_LOWER"]),
+        (
+            lambda: conventions.padding_from_flax(0, (3,), use_consistent_padding=1),
+            TypeError,
+            ["use_consistent_padding", "1"],
+        ),
         (lambda: conventions.padding_from_flax(0, 3), ValueError, ["window_shape", "3"]),
         (lambda: conventions.padding_from_flax(0, (0,)), ValueError, ["window_shape", "at least 1"]),
         (lambda: conventions.padding_from_flax(0, (3,), strides=0), ValueError, ["strides", "at least 1"]),
