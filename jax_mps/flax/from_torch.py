@@ -56,7 +56,8 @@ def arrays_from_torch(layer: Any) -> dict[str, jax.Array]:
 
     Returns:
       "kernel" and "bias"; or "scale" and "bias", with "mean" and "var" where there are running statistics.
-      They are copies of the type that the layer has, bfloat16 and complex numbers too.
+      They are copies of the type that the layer has, bfloat16 and complex numbers too; float64 needs
+      `jax_enable_x64`, as everywhere in JAX.
 
     Raises:
       TypeError: `layer` is of another kind, has parameters of another name, or is a state_dict.
@@ -147,21 +148,16 @@ def _kind(layer: Any) -> str | None:
 
 
 def _in_evaluation(layer: Any) -> Any:
-    """The layer, or a copy of it whose attributes are the arrays that it computes with."""
-    if hasattr(layer, "parametrizations"):
-        return copy.deepcopy(layer).eval()  # in training, reading a weight can change it
-    # The older functions of torch.nn.utils set attributes before each call.
-    hooks = [
-        hook
-        for hook in layer._forward_pre_hooks.values()
-        if any(base.__module__.startswith("torch.nn.utils.") for base in type(hook).__mro__)
-    ]
-    if hooks:
-        layer = copy.copy(layer)  # of attributes, not of arrays
-        layer.training = False
-        for hook in hooks:
-            hook(layer, ())
-    return layer
+    """A copy of a layer whose attributes are the arrays that it computes with in evaluation."""
+    twin = object.__new__(type(layer))  # layers with parametrisations refuse `copy.copy`
+    # In training, reading a weight can change what its parametrisation holds, so that is copied.
+    vars(twin).update(vars(layer), _modules=copy.deepcopy(layer._modules))
+    twin.eval()
+    for hook in twin._forward_pre_hooks.values():
+        # The older functions of torch.nn.utils set attributes before each call.
+        if any(base.__module__.startswith("torch.nn.utils.") for base in type(hook).__mro__):
+            hook(twin, ())
+    return twin
 
 
 def _paths(layers: Any) -> Iterator[tuple[tuple[str, ...], Any]]:

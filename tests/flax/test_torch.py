@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -118,6 +119,9 @@ NORMALISED = {
     "both": lambda: prune.random_unstructured(torch.nn.utils.spectral_norm(conv()), "bias", 0.5),
     "parametrised_weight_norm": lambda: torch.nn.utils.parametrizations.weight_norm(conv()),
     "parametrised_spectral_norm": lambda: torch.nn.utils.parametrizations.spectral_norm(conv()),
+    "old_and_parametrised": lambda: prune.random_unstructured(
+        torch.nn.utils.parametrizations.spectral_norm(conv()), "bias", 0.5
+    ),
     "parametrised_orthogonal": lambda: torch.nn.utils.parametrizations.orthogonal(conv()),
 }
 
@@ -186,6 +190,17 @@ def test_bad_layers_of_torch(layer: Any, error: type[Exception], words: list[str
     with pytest.raises(error) as caught:
         arrays_from_torch(layer())
     assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing imports PyTorch for what is not a layer of it."""
+    monkeypatch.delitem(sys.modules, "torch")
+    with pytest.raises(TypeError, match="got int"):
+        arrays_from_torch(3)
+    with pytest.raises(TypeError, match="got int"):
+        variables_from_torch({"Dense_0": 3})
+    assert jax_mps.kernel_from_torch(np.zeros((4, 2, 3), np.float32)).shape == (3, 4, 2)
+    assert "torch" not in sys.modules
 
 
 def test_lazy_layer_after_a_call() -> None:
