@@ -9,6 +9,7 @@ that the kernel reaches. The result has
 | this one | `(low, high)`, cut off | `N - low - high + output_padding` |
 | PyTorch | p, cut off on both sides | `N - 2 * p + output_padding` |
 | Flax, `jax.lax` | `(a, b)`, put around the image with its zeros | `N - 2 * (E - 1) + a + b` |
+| `jax.lax`, with `use_consistent_padding=True` | `(low, high)`, cut off | `N - low - high` |
 | Flax, `jax.lax` | "VALID" and "SAME" | `L * S + max(E - S, 0)` and `L * S` |
 | Keras | "valid" | `N + output_padding`, by default as Flax |
 | Keras | "same" | `N - 2 * (E // 2) + output_padding`, by default as Flax |
@@ -21,6 +22,7 @@ padding.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -51,14 +53,14 @@ Pairs = tuple[tuple[int, int], ...]
 # --- kernels ------------------------------------------------------------------------------------------
 
 
-def kernel_from_torch(weight: ArrayLike, groups: int = 1, *, transpose_kernel: bool = False) -> jax.Array:
+def kernel_from_torch(weight: Any, groups: int = 1, *, transpose_kernel: bool = False) -> jax.Array:
     """The kernel of `conv_transpose` for a weight of PyTorch's `ConvTranspose1d`, `2d` or `3d`.
 
         transpose_kernel=False   kernel[k, c, g * out / groups + o] = weight[g * in / groups + c, o, K-1-k]
         transpose_kernel=True    kernel[k, o, c] = weight[c, o, k]
 
     Args:
-      weight: array of shape `(in, out / groups, *window)`, of any dtype.
+      weight: array, or tensor or parameter of PyTorch, of shape `(in, out / groups, *window)` and any dtype.
       groups: the number of groups of channels.
       transpose_kernel: what `conv_transpose` will be told.
 
@@ -67,8 +69,9 @@ def kernel_from_torch(weight: ArrayLike, groups: int = 1, *, transpose_kernel: b
       `transpose_kernel`.
 
     Raises:
-      TypeError: `groups` is not an int.
-      ValueError: `weight` does not have 3 to 5 axes, or `groups` does not divide its first.
+      TypeError: `groups` is not an int, or `weight` is a tensor that NumPy cannot hold (sparse, quantized).
+      ValueError: `weight` does not have 3 to 5 axes, `groups` does not divide its first, or there are no
+        values yet (a lazy layer, the device "meta").
 
     Examples:
       >>> import jax.numpy as jnp, jax_mps
@@ -78,7 +81,7 @@ def kernel_from_torch(weight: ArrayLike, groups: int = 1, *, transpose_kernel: b
 
     Source: `torch.nn.ConvTranspose2d`.
     """
-    array = jnp.asarray(weight)
+    array = array_from_torch("weight", weight)
     geometry.flag("transpose_kernel", transpose_kernel)
     groups = _groups(groups, "weight", array, 0)
     kernel = jnp.moveaxis(array, (0, 1), (-1, -2))
@@ -114,6 +117,31 @@ def kernel_to_torch(kernel: ArrayLike, groups: int = 1, *, transpose_kernel: boo
     groups = _groups(groups, "kernel", array, -1)
     ordinary = array if transpose_kernel else _other(array, groups)
     return jnp.moveaxis(ordinary, (-1, -2), (0, 1))
+
+
+def array_from_torch(name: str, value: Any) -> jax.Array:
+    """An array, or a copy of a tensor of PyTorch with its type; `name` is for messages."""
+    torch = sys.modules.get("torch")  # a tensor of PyTorch has imported it
+    if torch is None or not isinstance(value, torch.Tensor):
+        return jnp.asarray(value)
+    if torch.nn.parameter.is_lazy(value):
+        raise ValueError(f"{name} must have values, got a lazy parameter: call the layer once before")
+    if value.is_meta:
+        raise ValueError(
+            f"{name} must have values, got a tensor on the device 'meta': load a checkpoint before, "
+            f"with `load_state_dict(state, assign=True)`"
+        )
+    dtype = str(value.dtype).removeprefix("torch.")
+    narrow = dtype.startswith(("bfloat16", "float8"))  # NumPy has no such types; float32 holds their values
+    value = value.detach().cpu().resolve_conj().resolve_neg()
+    try:
+        array = (value.float() if narrow else value).numpy()
+    except (TypeError, RuntimeError) as error:
+        raise TypeError(
+            f"{name} must be a tensor that NumPy can hold, got {dtype}, {value.layout}"
+        ) from error
+    # A copy, for PyTorch updates its own in place.
+    return jnp.array(array, dtype if narrow else None)
 
 
 def _other(kernel: jax.Array, groups: int) -> jax.Array:
@@ -266,17 +294,25 @@ class _Axes:
 
 
 def padding_from_flax(
-    padding: Padding, window_shape: Sequence[int], *, strides: Ints = 1, kernel_dilation: Ints = 1
+    padding: Padding,
+    window_shape: Sequence[int],
+    *,
+    strides: Ints = 1,
+    kernel_dilation: Ints = 1,
+    use_consistent_padding: bool = False,
 ) -> Pairs:
     """The padding of `conv_transpose` for one of Flax's `ConvTranspose` or `jax.lax.conv_transpose`.
 
-        low = E - 1 - a,    high = E - 1 - b
+        low = E - 1 - a,    high = E - 1 - b        use_consistent_padding=False
+        low = a,            high = b                use_consistent_padding=True
 
     Args:
       padding: "SAME", "VALID", an int for all sides, or an `(a, b)` pair for each spatial axis.
       window_shape: taps of the kernel along each spatial axis.
       strides: as for `conv_transpose`.
       kernel_dilation: as for `conv_transpose`.
+      use_consistent_padding: what a newer `jax.lax.conv_transpose` is told. Numbers are then the padding of
+        the ordinary convolution, as here; the strings mean the same with and without it.
 
     Returns:
       A `(low, high)` pair for each spatial axis.
@@ -291,10 +327,13 @@ def padding_from_flax(
       ((1, 1),)
       >>> jax_mps.conventions.padding_from_flax(1, (4,), strides=2)
       ((2, 2),)
+      >>> jax_mps.conventions.padding_from_flax(1, (4,), strides=2, use_consistent_padding=True)
+      ((1, 1),)
 
     Source: `jax.lax.conv_transpose`.
     """
     axes = _Axes(window_shape, strides, kernel_dilation)
+    geometry.flag("use_consistent_padding", use_consistent_padding)
     if isinstance(padding, str) and padding.upper() in ("SAME", "VALID"):
         same = padding.upper() == "SAME"
         around = []
@@ -302,6 +341,8 @@ def padding_from_flax(
             total = extent + s - 2 + (0 if same else max(extent - s, 0))
             before = extent - 1 if not same or s > extent - 1 else -(-total // 2)
             around.append((before, total - before))
+    elif use_consistent_padding:
+        return axes.pairs(padding)
     else:
         around = list(axes.pairs(padding))
     return tuple((e - 1 - a, e - 1 - b) for e, (a, b) in zip(axes.extent, around, strict=True))
@@ -314,6 +355,7 @@ def padding_to_flax(
     strides: Ints = 1,
     output_padding: Ints = 0,
     kernel_dilation: Ints = 1,
+    use_consistent_padding: bool = False,
 ) -> Pairs:
     """The inverse of `padding_from_flax`: an `(a, b)` pair for each spatial axis, which always exists.
 
@@ -323,9 +365,10 @@ def padding_to_flax(
       strides: pixels of the result from one pixel of the image to the next.
       output_padding: pixels beyond the least size.
       kernel_dilation: pixels from one tap to the next.
+      use_consistent_padding: what `jax.lax.conv_transpose` will be told.
 
     Returns:
-      What `flax.linen.ConvTranspose` takes as `padding`.
+      What `flax.linen.ConvTranspose` takes as `padding`, or `jax.lax.conv_transpose`.
 
     Raises:
       TypeError: an argument has the wrong type.
@@ -339,7 +382,10 @@ def padding_to_flax(
     Source: `jax.lax.conv_transpose`.
     """
     axes = _Axes(window_shape, strides, kernel_dilation)
+    geometry.flag("use_consistent_padding", use_consistent_padding)
     pairs = axes.pairs(padding, output_padding)
+    if use_consistent_padding:
+        return pairs
     return tuple((e - 1 - low, e - 1 - high) for e, (low, high) in zip(axes.extent, pairs, strict=True))
 
 

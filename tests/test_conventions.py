@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from typing import Any
 
@@ -49,6 +50,35 @@ def test_kernel_from_torch(rank: int, groups: int, transpose_kernel: bool) -> No
     np.testing.assert_array_equal(back, weight)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float8_e4m3fn", "complex64", "int8"])
+def test_kernel_from_a_tensor(dtype: str) -> None:
+    """A tensor, as one that is conjugated; and a copy of it."""
+    torch = pytest.importorskip("torch")
+    tensor = torch.arange(-12, 12).reshape(4, 2, 3).to(getattr(torch, dtype)).conj()
+    kernel = jax_mps.kernel_from_torch(tensor, 2, transpose_kernel=True)
+    assert kernel.dtype == jnp.dtype(dtype)
+    expected = np.moveaxis(np.arange(-12, 12).reshape(4, 2, 3), (0, 1), (-1, -2))
+    np.testing.assert_array_equal(kernel.astype(jnp.complex64), expected)
+    tensor.zero_()
+    np.testing.assert_array_equal(kernel.astype(jnp.complex64), expected)
+
+
+def test_kernel_from_a_parameter() -> None:
+    torch = pytest.importorskip("torch")
+    layer = torch.nn.ConvTranspose1d(4, 6, 3, groups=2)
+    assert layer.weight.requires_grad
+    kernel = jax_mps.kernel_from_torch(layer.weight, 2)
+    np.testing.assert_array_equal(jax_mps.kernel_to_torch(kernel, 2), layer.weight.detach().numpy())
+
+
+def test_kernel_from_a_tensor_that_has_no_array() -> None:
+    torch = pytest.importorskip("torch")
+    with pytest.raises(TypeError, match=r"weight .* NumPy .* torch\.sparse_coo"):
+        jax_mps.kernel_from_torch(torch.ones(1, 1, 2).to_sparse())
+    with pytest.raises(ValueError, match=r"weight .* 'meta'"):
+        jax_mps.kernel_from_torch(torch.ones(1, 1, 2, device="meta"))
+
+
 @pytest.mark.parametrize(
     ("call", "error", "words"),
     [
@@ -85,6 +115,27 @@ def test_padding_of_flax(k: int, s: int, d: int) -> None:
             assert around == pads
         again = lax.conv_transpose(x, kernel, (s,), around, rhs_dilation=(d,))
         np.testing.assert_array_equal(again, expected)
+
+
+@pytest.mark.skipif(
+    "use_consistent_padding" not in inspect.signature(lax.conv_transpose).parameters,
+    reason="this JAX has no such argument",
+)
+@pytest.mark.parametrize("padding", ["SAME", "VALID", ((0, 0),), ((1, 2),), ((-1, 3),)])
+@pytest.mark.parametrize(("k", "s", "d"), [(1, 1, 1), (4, 2, 1), (3, 2, 1), (2, 3, 1), (3, 2, 2)])
+def test_consistent_padding_of_jax(padding: Any, k: int, s: int, d: int) -> None:
+    x, kernel = array(2, 5, 3), array(k, 3, 4)
+
+    def stock(padding: Any) -> jax.Array:
+        return lax.conv_transpose(x, kernel, (s,), padding, rhs_dilation=(d,), use_consistent_padding=True)
+
+    expected = stock(padding)
+    options: dict[str, Any] = {"strides": s, "kernel_dilation": d}
+    pairs = conventions.padding_from_flax(padding, (k,), **options, use_consistent_padding=True)
+    y = jax_mps.conv_transpose(x, kernel, padding=pairs, **options)
+    np.testing.assert_array_equal(y, expected)
+    back = conventions.padding_to_flax(pairs, (k,), **options, use_consistent_padding=True)
+    np.testing.assert_array_equal(stock(back), expected)
 
 
 def test_padding_of_a_flax_layer() -> None:
@@ -185,6 +236,11 @@ def test_no_such_padding_in_keras() -> None:
         (lambda: conventions.padding_from_keras("full", (3,)), ValueError, ["padding", "'full'", "'same'"]),
         (lambda: conventions.padding_from_keras(1, (3,)), ValueError, ["padding", "1"]),
         (lambda: conventions.padding_from_flax("SAME_LOWER", (3,)), ValueError, ["padding", "SAME_LOWER"]),
+        (
+            lambda: conventions.padding_from_flax(0, (3,), use_consistent_padding=1),
+            TypeError,
+            ["use_consistent_padding", "1"],
+        ),
         (lambda: conventions.padding_from_flax(0, 3), ValueError, ["window_shape", "3"]),
         (lambda: conventions.padding_from_flax(0, (0,)), ValueError, ["window_shape", "at least 1"]),
         (lambda: conventions.padding_from_flax(0, (3,), strides=0), ValueError, ["strides", "at least 1"]),

@@ -519,8 +519,8 @@ def _preferred(preferred: Any, dtype: np.dtype[Any]) -> Any:
 UNROUNDED: Any = object()
 """As a dtype: that of the sums, for numbers that will be rounded to the dtype of the operands.
 
-Where the processor's own products give half precision (CUDA, Apple), they are rounded already: its convolutions
-with results in float32 take up to twice as long.
+Where the processor's own products give half precision (CUDA, Apple), they are rounded already: convolutions
+of bfloat16 with results in float32 take up to twice as long there.
 """
 
 _Convolve = Callable[[Array, Array, Any], Array]

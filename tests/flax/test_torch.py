@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,6 +20,7 @@ from jax_mps.flax import linen, nnx
 from jax_mps.flax.from_torch import arrays_from_torch, variables_from_torch
 
 torch = pytest.importorskip("torch")
+prune = pytest.importorskip("torch.nn.utils.prune")
 torch.manual_seed(0)
 
 
@@ -93,9 +95,126 @@ def test_normalisation_without_scale() -> None:
     assert set(arrays_from_torch(torch.nn.BatchNorm1d(4, affine=False))) == {"mean", "var"}
 
 
-def test_no_such_layer_of_torch() -> None:
-    with pytest.raises(TypeError, match="got LSTM"):
-        arrays_from_torch(torch.nn.LSTM(2, 2))
+def conv(**options: Any) -> Any:
+    return torch.nn.ConvTranspose2d(4, 6, (3, 2), stride=2, padding=1, groups=2, **options)
+
+
+def same_outputs(layer: Any) -> None:
+    """The result of `conv()`, or of it in other clothes, in evaluation."""
+    x = operand(2, 5, 4, 4)
+    ours = linen.ConvTranspose(6, (3, 2), 2, 1, groups=2, padding_convention="torch")
+    arrays = {k: v.astype(jnp.float32) for k, v in arrays_from_torch(layer).items()}
+    close(ours.apply({"params": arrays}, x), in_torch(layer.eval().float(), x))
+
+
+def everything(layer: Any) -> dict[str, Any]:
+    return {name: value.detach().clone().numpy() for name, value in layer.state_dict().items()}
+
+
+NORMALISED = {
+    "weight_norm": lambda: torch.nn.utils.weight_norm(conv()),
+    "spectral_norm": lambda: torch.nn.utils.spectral_norm(conv()),
+    "pruning": lambda: prune.random_unstructured(conv(), "weight", 0.5),
+    "pruned_bias": lambda: prune.random_unstructured(conv(), "bias", 0.5),
+    "both": lambda: prune.random_unstructured(torch.nn.utils.spectral_norm(conv()), "bias", 0.5),
+    "parametrised_weight_norm": lambda: torch.nn.utils.parametrizations.weight_norm(conv()),
+    "parametrised_spectral_norm": lambda: torch.nn.utils.parametrizations.spectral_norm(conv()),
+    "old_and_parametrised": lambda: prune.random_unstructured(
+        torch.nn.utils.parametrizations.spectral_norm(conv()), "bias", 0.5
+    ),
+    "parametrised_orthogonal": lambda: torch.nn.utils.parametrizations.orthogonal(conv()),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("make", NORMALISED.values(), ids=NORMALISED)
+def test_effective_weight(make: Any, training: bool) -> None:
+    """That of a checkpoint, which the attribute may not show before a call; the layer stays as it is."""
+    torch.manual_seed(0)
+    layer, other = make(), make()
+    other.load_state_dict({name: 1.5 * value + 0.1 for name, value in layer.state_dict().items()})
+    other.train(training)
+    before = everything(other)
+    arrays_from_torch(other)
+    assert other.training == training
+    jax.tree.map(np.testing.assert_array_equal, everything(other), before)
+    same_outputs(other)
+
+
+class Own(torch.nn.ConvTranspose2d):
+    """A layer whose class is not one of torch's."""
+
+
+def test_derived_class() -> None:
+    same_outputs(Own(4, 6, (3, 2), stride=2, padding=1, groups=2))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "complex64"])
+def test_types_of_torch(dtype: str) -> None:
+    layer = torch.nn.Linear(3, 2, dtype=getattr(torch, dtype))
+    arrays = arrays_from_torch(layer)
+    assert {a.dtype for a in arrays.values()} == {jnp.dtype(dtype)}
+    weight = layer.weight.detach().to(torch.complex64).numpy()
+    np.testing.assert_array_equal(arrays["kernel"].astype(jnp.complex64), weight.T)
+
+
+def test_bfloat16_layer_of_torch() -> None:
+    same_outputs(conv(dtype=torch.bfloat16))
+
+
+def test_float64_of_torch(x64: None) -> None:
+    layer = torch.nn.Linear(3, 2, dtype=torch.float64)
+    np.testing.assert_array_equal(arrays_from_torch(layer)["kernel"], layer.weight.detach().numpy().T)
+
+
+class WithMore(torch.nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(2, 2)
+        self.lora = torch.nn.Parameter(torch.zeros(2, 1))
+
+
+@pytest.mark.parametrize(
+    ("layer", "error", "words"),
+    [
+        (lambda: torch.nn.LSTM(2, 2), TypeError, ["layer", "got LSTM"]),
+        (lambda: torch.nn.LocalResponseNorm(2), TypeError, ["layer", "got LocalResponseNorm"]),
+        (lambda: 3, TypeError, ["layer", "got int"]),
+        (lambda: conv().state_dict(), TypeError, ["state_dict", "groups", "load_state_dict"]),
+        (WithMore, TypeError, ["lora", "WithMore", "Linear"]),
+        (lambda: torch.nn.LazyConvTranspose2d(2, 2), ValueError, ["weight", "LazyConvTranspose2d", "call"]),
+        (lambda: conv(device="meta"), ValueError, ["weight", "ConvTranspose2d", "meta", "load_state_dict"]),
+    ],
+)
+def test_bad_layers_of_torch(layer: Any, error: type[Exception], words: list[str]) -> None:
+    with pytest.raises(error) as caught:
+        arrays_from_torch(layer())
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing imports PyTorch for what is not a layer of it."""
+    monkeypatch.delitem(sys.modules, "torch")
+    with pytest.raises(TypeError, match="got int"):
+        arrays_from_torch(3)
+    with pytest.raises(TypeError, match="got int"):
+        variables_from_torch({"Dense_0": 3})
+    assert jax_mps.kernel_from_torch(np.zeros((4, 2, 3), np.float32)).shape == (3, 4, 2)
+    assert "torch" not in sys.modules
+
+
+def test_lazy_layer_after_a_call() -> None:
+    layer = torch.nn.LazyLinear(2)
+    x = operand(3, 4)
+    expected = in_torch(layer, x)
+    close(flax.linen.Dense(2).apply({"params": arrays_from_torch(layer)}, x), expected)
+
+
+def test_checkpoint_into_the_meta_device() -> None:
+    """A module costs nothing until its checkpoint is there."""
+    full, empty = conv(), conv(device="meta")
+    empty.load_state_dict(full.state_dict(), assign=True)
+    jax.tree.map(np.testing.assert_array_equal, arrays_from_torch(empty), arrays_from_torch(full))
 
 
 def test_arrays_are_copies() -> None:
@@ -105,6 +224,50 @@ def test_arrays_are_copies() -> None:
     with torch.no_grad():
         layer.bias += 1
     np.testing.assert_array_equal(bias, before)
+
+
+# --- variables ----------------------------------------------------------------------------------------
+
+
+def test_variables_of_a_module() -> None:
+    """Layers under their own names, parametrisations and parts without parameters passed over."""
+    up = torch.nn.Sequential(torch.nn.utils.parametrizations.weight_norm(conv()), torch.nn.ReLU())
+    norm = torch.nn.BatchNorm2d(6)
+    variables = variables_from_torch(torch.nn.ModuleDict({"up": up, "norm": norm, "same": norm}))
+    expected = arrays_from_torch(norm)
+    statistics = {k: expected.pop(k) for k in ("mean", "var")}
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        variables,
+        {
+            "params": {"up": {"0": arrays_from_torch(up[0])}, "norm": expected, "same": expected},
+            "batch_stats": {"norm": statistics, "same": statistics},
+        },
+    )
+
+
+def test_variables_of_one_layer() -> None:
+    layer = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(3, 2))
+    variables = variables_from_torch(layer)
+    jax.tree.map(np.testing.assert_array_equal, variables, {"params": arrays_from_torch(layer)})
+
+
+@pytest.mark.parametrize(
+    ("layers", "words"),
+    [
+        (lambda: torch.nn.Sequential(conv()).state_dict(), ["state_dict", "groups", "load_state_dict"]),
+        (lambda: {"state_dict": conv().state_dict()}, ["state_dict", "groups", "load_state_dict"]),
+        (
+            lambda: torch.nn.ModuleDict({"rnn": torch.nn.LSTM(2, 2)}),
+            ["weight_ih_l0", "LSTM", "'rnn'", "by name"],
+        ),
+        (lambda: [torch.nn.Linear(2, 2)], ["layers", "mapping", "list"]),
+    ],
+)
+def test_bad_variables_of_torch(layers: Any, words: list[str]) -> None:
+    with pytest.raises(TypeError) as caught:
+        variables_from_torch(layers())
+    assert all(word in str(caught.value) for word in words), caught.value
 
 
 # --- whole networks -----------------------------------------------------------------------------------

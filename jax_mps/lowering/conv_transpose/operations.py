@@ -91,12 +91,9 @@ def _to_image(
 def _widened(conv: Conv, *arrays: Array) -> Iterator[Array]:
     """Half precision in the type that sums are formed in, unless the processor's products do that inside."""
     for array in arrays:
-        half = conv.rounds_later or conv.out_dtype == array.dtype
-        yield (
-            array
-            if half and conv.platform in ("cuda", "apple")
-            else lax.convert_element_type(array, accumulator(array.dtype))
-        )
+        fits = conv.rounds_later or conv.out_dtype == array.dtype
+        inside = fits and conv.platform in ("cuda", "apple")
+        yield array if inside else lax.convert_element_type(array, accumulator(array.dtype))
 
 
 def _one_batch_axis(x: Array, start: int, conv: Conv) -> Array:
