@@ -192,6 +192,30 @@ def test_equinox_arguments(
         same(*results(x))
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@of("Equinox")
+def test_gradient_to_the_bias_of_equinox(layers: dict[str, Any], dtype: str) -> None:
+    """A sum of 65,536 numbers, which half precision cannot count."""
+    eqx = pytest.importorskip("equinox")
+    layer = layers["ConvTranspose"](2, 1, 1, 1, dtype=jnp.dtype(dtype), key=jax.random.key(0))
+    x = jnp.zeros((16, 1, 64, 64), dtype)
+    gradient = eqx.filter_grad(lambda f: jnp.mean(jax.vmap(f)(x).astype(jnp.float32)))(layer)
+    np.testing.assert_allclose(gradient.bias.astype(jnp.float32), 1, rtol=2e-3)
+
+
+@needs_haiku
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@of("Haiku")
+def test_gradient_to_the_bias_of_haiku(layers: dict[str, Any], dtype: str) -> None:
+    hk = pytest.importorskip("haiku")
+    network = hk.without_apply_rng(hk.transform(lambda x: layers["Conv2DTranspose"](1, 1)(x)))
+    x = jnp.zeros((16, 64, 64, 1), dtype)
+    parameters = network.init(jax.random.key(0), x)
+    gradient = jax.grad(lambda p: jnp.mean(network.apply(p, x).astype(jnp.float32)))(parameters)
+    (bias,) = (g for path, g in jax.tree_util.tree_leaves_with_path(gradient) if path[-1].key == "b")
+    np.testing.assert_allclose(bias.astype(jnp.float32), 1, rtol=2e-3)
+
+
 @needs_haiku
 def test_haiku(monkeypatch: pytest.MonkeyPatch) -> None:
     hk = pytest.importorskip("haiku")
