@@ -208,7 +208,11 @@ def test_gradient_to_the_bias_of_equinox(layers: dict[str, Any], dtype: str) -> 
 @of("Haiku")
 def test_gradient_to_the_bias_of_haiku(layers: dict[str, Any], dtype: str) -> None:
     hk = pytest.importorskip("haiku")
-    network = hk.without_apply_rng(hk.transform(lambda x: layers["Conv2DTranspose"](1, 1)(x)))
+
+    def upsample(x: jax.Array) -> Any:
+        return layers["Conv2DTranspose"](1, 1)(x)
+
+    network = hk.without_apply_rng(hk.transform(upsample))
     x = jnp.zeros((16, 64, 64, 1), dtype)
     parameters = network.init(jax.random.key(0), x)
     gradient = jax.grad(lambda p: jnp.mean(network.apply(p, x).astype(jnp.float32)))(parameters)
