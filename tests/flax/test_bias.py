@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -15,13 +14,6 @@ from jax_mps.flax import linen, nnx
 
 HALVES = ["bfloat16", "float16"]
 PADDINGS = ["SAME", "VALID", "CIRCULAR", 0]
-
-
-@pytest.fixture(autouse=True)
-def strict_promotion() -> Iterator[None]:
-    """Flax itself promotes types."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
 
 
 @pytest.mark.parametrize("padding", PADDINGS)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 import pickle
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import flax.linen
 import flax.nnx
@@ -17,27 +17,9 @@ import pytest
 from flax.linen.linear import _Conv
 from jax import lax
 
+from flax_arrays import LayerCase as Case
 from flax_arrays import close, needs_nnx_lists, numbers, operand
 from jax_mps.flax import linen, nnx
-
-
-@pytest.fixture(autouse=True)
-def strict_promotion() -> Iterator[None]:
-    """Flax itself promotes types."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
-
-
-class Case(NamedTuple):
-    shape: tuple[int, ...]
-    features: int
-    kernel_size: int | tuple[int, ...]
-    options: dict[str, Any] = {}  # noqa: RUF012
-    input_dtype: Any = jnp.float32
-    tolerance: float = 1e-5
-    ours: bool = True
-    """Whether it is computed by this library."""
-
 
 CASES = {
     "kernel as an int": Case((2, 6, 3), 4, 3),

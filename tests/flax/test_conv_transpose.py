@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen
 import flax.nnx
@@ -13,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from flax_arrays import LayerCase as Case
 from flax_arrays import close, needs_nnx_lists, numbers
 from jax_mps.flax import linen, nnx
 
@@ -21,22 +21,6 @@ def needs_argument(module: Any) -> pytest.MarkDecorator:
     """Skips where the layer of this Flax does not know an argument of ours."""
     known = "preferred_element_type" in inspect.signature(module.ConvTranspose.__init__).parameters
     return pytest.mark.skipif(not known, reason="this Flax is older than preferred_element_type")
-
-
-@pytest.fixture(autouse=True)
-def strict_promotion() -> Iterator[None]:
-    """Flax itself promotes types."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
-
-
-class Case(NamedTuple):
-    shape: tuple[int, ...]
-    features: int
-    kernel_size: int | tuple[int, ...]
-    options: dict[str, Any] = {}  # noqa: RUF012
-    input_dtype: Any = jnp.float32
-    tolerance: float = 1e-5
 
 
 CASES = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +23,6 @@ CALLS: dict[str, Any] = {
     "UNet": (UNET | {"depth": 1}, {}, (2, 12, 16, 3)),
     "Generator": ({"channels": 2}, {"noise": 5}, (2, 5)),
 }
-
-
-@pytest.fixture(autouse=True)
-def strict_promotion() -> Iterator[None]:
-    """Flax itself promotes types."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
 
 
 # --- one import line ----------------------------------------------------------------------------------

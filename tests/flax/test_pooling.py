@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import flax.linen
@@ -14,13 +13,6 @@ import pytest
 
 import jax_mps
 from jax_mps.flax import linen, nnx
-
-
-@pytest.fixture(autouse=True)
-def strict_promotion() -> Iterator[None]:
-    """Flax itself promotes types."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
 
 
 def image(shape: tuple[int, ...], dtype: Any = np.float32) -> jax.Array:

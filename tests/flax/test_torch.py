@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import flax.linen
@@ -22,13 +21,6 @@ from jax_mps.flax.from_torch import arrays_from_torch, variables_from_torch
 torch = pytest.importorskip("torch")
 prune = pytest.importorskip("torch.nn.utils.prune")
 torch.manual_seed(0)
-
-
-@pytest.fixture(autouse=True)
-def strict_promotion() -> Iterator[None]:
-    """Flax itself promotes types."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
 
 
 # --- one layer ----------------------------------------------------------------------------------------

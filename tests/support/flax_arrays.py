@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,19 @@ import pytest
 from jax_mps.flax import nnx
 
 needs_nnx_lists = pytest.mark.skipif(not hasattr(nnx, "List"), reason="this Flax is older than nnx.List")
+
+
+class LayerCase(NamedTuple):
+    """A layer, and the image that it is given."""
+
+    shape: tuple[int, ...]
+    features: int
+    kernel_size: int | tuple[int, ...]
+    options: dict[str, Any] = {}  # noqa: RUF012
+    input_dtype: Any = jnp.float32
+    tolerance: float = 1e-5
+    ours: bool = True
+    """Whether it is computed by this library."""
 
 
 def operand(*shape: int) -> jax.Array:
