@@ -244,7 +244,9 @@ def ffi_api_minor() -> int:
 
 
 class StockRules:
-    """The lowering rules that JAX has for its own primitives on the CPU, and others in their place.
+    """The lowering rules that JAX has for its own primitives, and others in their place.
+
+    There is a table for each platform; the platform None has the rules of all that have none of their own.
 
     Raises:
       RuntimeError: this JAX keeps its rules elsewhere.
@@ -254,20 +256,23 @@ class StockRules:
         try:
             from jax._src.interpreters import mlir as private
 
-            self._cpu = private._platform_specific_lowerings["cpu"]
-            self._common = private._lowerings
+            self._tables: dict[str | None, dict[Any, Any]] = {
+                "cpu": private._platform_specific_lowerings["cpu"],
+                "cuda": private._platform_specific_lowerings["cuda"],
+                None: private._lowerings,
+            }
             self._uncacheable: set[Any] = getattr(private, "_uncacheable_primitives", set())
         except (ImportError, AttributeError, KeyError) as error:
             raise RuntimeError(
                 f"accelerate() does not know JAX {jax.__version__}, which keeps its lowering rules elsewhere "
                 f"({error}); nothing was replaced"
             ) from error
-        self._saved: dict[Any, Any] = {}
-        self._placed: dict[Any, Any] = {}
+        self._saved: dict[tuple[str | None, Any], Any] = {}
+        self._placed: dict[tuple[str | None, Any], Any] = {}
 
-    def stock(self, primitive: Any) -> Callable[..., Any]:
+    def stock(self, primitive: Any, platform: str | None) -> Callable[..., Any]:
         """The rule that JAX itself has; to be asked before it is replaced."""
-        entry: Any = self._cpu.get(primitive) or self._common.get(primitive)
+        entry: Any = self._tables[platform].get(primitive) or self._tables[None].get(primitive)
         if entry is None:
             raise RuntimeError(
                 f"accelerate() does not know JAX {jax.__version__}, which has no rule for {primitive}; "
@@ -275,11 +280,12 @@ class StockRules:
             )
         return getattr(entry, "rule", entry)
 
-    def replace(self, primitive: Any, rule: Callable[..., Any]) -> None:
-        """Puts a rule for the CPU in place."""
-        self._saved[primitive] = self._cpu.get(primitive)
-        mlir.register_lowering(primitive, rule, platform="cpu")
-        self._placed[primitive] = self._cpu[primitive]
+    def replace(self, primitive: Any, platform: str | None, rule: Callable[..., Any]) -> None:
+        """Puts a rule in place."""
+        key, table = (platform, primitive), self._tables[platform]
+        self._saved[key] = table.get(primitive)
+        mlir.register_lowering(primitive, rule, platform=platform)
+        self._placed[key] = table[primitive]
         # A cached rule does not see which operations made its operands.
         self._uncacheable.add(primitive)
 
@@ -289,14 +295,15 @@ class StockRules:
 
     def restore(self) -> None:
         """Puts JAX's own rules back, except where another library has replaced ours since and calls them."""
-        for primitive, entry in self._saved.items():
-            if self._cpu.get(primitive) is not self._placed[primitive]:
+        for (platform, primitive), entry in self._saved.items():
+            table = self._tables[platform]
+            if table.get(primitive) is not self._placed[platform, primitive]:
                 continue
             self._uncacheable.discard(primitive)
             if entry is None:
-                del self._cpu[primitive]
+                del table[primitive]
             else:
-                self._cpu[primitive] = entry
+                table[primitive] = entry
         self._saved.clear()
         self._placed.clear()
 

@@ -1,4 +1,4 @@
-"""The switch: rules for stock primitives on the CPU, put in place on request and taken back."""
+"""The switch: rules for stock primitives, put in place on request and taken back."""
 
 from __future__ import annotations
 
@@ -25,6 +25,8 @@ _lock = threading.RLock()
 _active: list[Acceleration] = []
 _switch: _compat.Switch | None = None
 _rules: _compat.StockRules | None = None
+# Our StableHLO is made of stock operations, which are meant as they are.
+_inside = threading.local()
 
 
 class Acceleration:
@@ -55,13 +57,19 @@ class Acceleration:
 
 
 def accelerate() -> Acceleration:
-    """Makes stock JAX programs of this process use the kernels of this library on the CPU.
+    """Makes stock JAX programs of this process use the operations of this library.
 
-    From this call on, every program that JAX lowers for one CPU device (or for a `shard_map` over all axes)
-    has its ordinary and transposed convolutions, their gradients, its windowed maxima, minima and sums and
-    their gradients replaced, where a kernel of this library computes the same and is faster. Nothing in the
-    model changes: gradients, `vmap`, `scan`, `remat` work as before, for the replacement is made when a
-    program is lowered.
+    From this call on, programs that JAX lowers have their ordinary and transposed convolutions, their
+    gradients, their windowed maxima, minima and sums and the gradients of these replaced:
+
+    | platform | by | where |
+    |---|---|---|
+    | CPU: one device, or a `shard_map` over all axes | native kernels | they are faster |
+    | CUDA | StableHLO | it is faster |
+    | Apple's plugins, METAL and mps | StableHLO of what all plugins have | always |
+
+    Nothing in the model changes: gradients, `vmap`, `scan`, `remat` work as before, for the replacement is
+    made when a program is lowered.
 
         y = conv_general_dilated(x, kernel)    becomes    y = conv_transpose_gradient_data(x, kernel)
 
@@ -76,7 +84,7 @@ def accelerate() -> Acceleration:
 
     Returns:
       A handle: `restore()` ends it, `with` restores at the end, `report()` says what was lowered, by whose
-      code, and why. Without the native library nothing is replaced, and a warning says so.
+      code, and why. Without the native library nothing is replaced on the CPU, and a warning says so.
 
     Raises:
       RuntimeError: called while JAX traces a function; JAX keeps its lowering rules elsewhere than any
@@ -104,8 +112,7 @@ def accelerate() -> Acceleration:
     with _lock:
         status = library.status()
         if not status.available:
-            warnings.warn(f"accelerate() replaces nothing: {status.reason}", stacklevel=2)
-            return handle
+            warnings.warn(f"accelerate() replaces nothing on the CPU: {status.reason}", stacklevel=2)
         if not _active:
             _turn_on()
         _active.append(handle)
@@ -115,10 +122,15 @@ def accelerate() -> Acceleration:
 def _turn_on() -> None:
     global _switch, _rules
     rules = _compat.StockRules()
-    replacements = [(primitive, _rule(rules, primitive, read)) for primitive, read in _READERS.items()]
+    platforms = (*(["cpu"] if library.status().available else []), "cuda", None)
+    replacements = [
+        (primitive, platform, _rule(rules, primitive, platform, read))
+        for platform in platforms
+        for primitive, read in _READERS.items()
+    ]
     _switch, _rules = _switch or _compat.Switch(), rules
-    for primitive, replacement in replacements:
-        rules.replace(primitive, replacement)
+    for replacement in replacements:
+        rules.replace(*replacement)
     _switch.set(True)
 
 
@@ -186,24 +198,53 @@ _READERS: dict[Any, Callable[..., _Call]] = {
 }
 
 
-def _rule(rules: _compat.StockRules, primitive: Any, read: Callable[..., _Call]) -> Callable[..., Any]:
-    """The rule for the CPU: ours where the switch is on and the operation is recognised, or the stock one."""
-    stock = rules.stock(primitive)
+def _rule(
+    rules: _compat.StockRules, primitive: Any, platform: str | None, read: Callable[..., _Call]
+) -> Callable[..., Any]:
+    """The rule for a platform: ours where the switch is on and the operation is recognised, or the stock one.
+
+    That of None is for Apple's plugins; other platforms without rules of their own keep the stock one.
+    """
+    stock = rules.stock(primitive, platform)
 
     def lower(ctx: Any, *operands: Any, **params: Any) -> Any:
         # A second copy of this library may have kept a rule of an earlier turn, to call as the stock one.
         if not rules.in_place or _switch is None or not _switch.value:
             return stock(ctx, *operands, **params)
-        ours, why = False, rule.obstacle(ctx)
+        target = rule.platform_of(ctx)
+        if (platform is None and target != "apple") or getattr(_inside, "value", False):
+            return stock(ctx, *operands, **params)
+        ours, why = False, _obstacle(ctx, target)
         if not why:
             call = read(ctx, *operands, **params)
-            ours, why = (False, call.reading) if isinstance(call.reading, str) else choose(call.reading)
+            if isinstance(call.reading, str):
+                why = call.reading
+            else:
+                ours, why = choose(call.reading, target)
         _record(primitive, ctx, ours, why)
         if not ours:
             return stock(ctx, *operands, **params)
-        return _compat.lower_plainly(call.reading)(ctx.replace(avals_in=call.avals), *call.operands)
+        _inside.value = True
+        try:
+            return _compat.lower_plainly(call.reading)(ctx.replace(avals_in=call.avals), *call.operands)
+        finally:
+            _inside.value = False
 
     return lower
+
+
+def _obstacle(ctx: Any, platform: rule.Platform) -> str:
+    """Why nothing can be replaced here; empty if it can."""
+    if platform == "cpu":
+        return rule.obstacle(ctx)
+    if platform == "any":
+        return "a program for several platforms"
+    avals = (*ctx.avals_in, *ctx.avals_out)
+    if any(_compat.is_symbolic(d) for aval in avals for d in aval.shape):
+        return "shapes are symbolic"
+    if platform == "apple" and any(aval.dtype.itemsize == 8 for aval in avals):
+        return "Apple's GPUs have no 64-bit numbers"
+    return ""
 
 
 def _record(primitive: Any, ctx: Any, ours: bool, why: str) -> None:

@@ -148,7 +148,7 @@ def test_the_program_may_still_set_jax_up(folder):
 def test_without_the_library(folder):
     run = ours(folder, "pool.py", JAX_MPS_NATIVE="off")
     assert (run.returncode, run.stdout) == (0, python(folder, "pool.py").stdout)
-    assert "accelerate() replaces nothing: JAX_MPS_NATIVE=off" in run.stderr
+    assert "accelerate() replaces nothing on the CPU: JAX_MPS_NATIVE=off" in run.stderr
 
 
 def test_a_library_that_is_required_and_missing(folder):

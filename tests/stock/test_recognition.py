@@ -80,9 +80,9 @@ def test_layers_become_the_map_that_moves_nothing(
 
     readings: list[Any] = []
 
-    def choose(reading: Any) -> tuple[bool, str]:
+    def choose(reading: Any, platform: Any) -> tuple[bool, str]:
         readings.append(reading)
-        return choices.choose(reading)
+        return choices.choose(reading, platform)
 
     monkeypatch.setattr(switch, "choose", choose)
     rows = run(everything, x, k)
@@ -525,8 +525,9 @@ def test_selections_of_other_types_have_no_reading(types: tuple[str, str]) -> No
 # --- the table ----------------------------------------------------------------------------------------
 
 
-def test_the_first_row_that_fits_decides() -> None:
-    for i, row in enumerate(choices.CHOICES):
-        later = [other.operation for other in choices.CHOICES[i + 1 :]]
+@pytest.mark.parametrize("table", [choices.CPU, choices.CUDA])
+def test_the_first_row_that_fits_decides(table: tuple[choices.Choice, ...]) -> None:
+    for i, row in enumerate(table):
+        later = [other.operation for other in table[i + 1 :]]
         # A row that always fits is the last of its operation, and every operation has one.
         assert (row.condition is choices._always) == (row.operation not in later)

@@ -73,7 +73,8 @@ def test_jax_is_left_as_it_was() -> None:
     def rules() -> list[Any]:
         if uncacheable is not None:
             assert bool(uncacheable & set(switch._READERS)) == bool(switch._active)
-        return [_compat.StockRules()._cpu.get(primitive) for primitive in switch._READERS]
+        tables = _compat.StockRules()._tables.values()
+        return [table.get(primitive) for primitive in switch._READERS for table in tables]
 
     before = rules()
     with jax_mps.accelerate():
@@ -145,7 +146,7 @@ def test_refused_while_tracing() -> None:
 
 def test_without_the_library_nothing_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "status", lambda: library.Status(False, "it was not built", ""))
-    with pytest.warns(UserWarning, match=r"accelerate\(\) replaces nothing: it was not built"):
+    with pytest.warns(UserWarning, match=r"accelerate\(\) replaces nothing on the CPU: it was not built"):
         handle = jax_mps.accelerate()
     assert "jax_mps." not in text()
     assert str(handle.report()) == "nothing that accelerate() knows was lowered"
@@ -188,11 +189,12 @@ def test_export_stays_stock() -> None:
     assert "jax_mps." not in program.mlir_module()
 
 
-def test_every_reading_has_a_row() -> None:
-    names = {row.operation for row in choices.CHOICES}
+@pytest.mark.parametrize("table", [choices.CPU, choices.CUDA])
+def test_every_reading_has_a_row(table: tuple[choices.Choice, ...]) -> None:
+    names = {row.operation for row in table}
     assert names == {*convolution._MAPS, "maximum", "minimum", "sum", "spread sum", "scatter", "gather"}
     assert set(switch._READERS) >= {lax.conv_general_dilated_p, lax.select_and_scatter_add_p}
-    assert all(row.why for row in choices.CHOICES)
+    assert all(row.why for row in table)
     assert windows.Reading is not convolution.Reading
 
 
