@@ -376,16 +376,15 @@ def place_adaptive(
     shape: Sequence[Dim], output_size: int | Sequence[int | None], data_format: str
 ) -> AdaptivePlacement:
     """Checks the arguments of adaptive pooling of an array of `shape` and places its windows."""
-    known = output_size
-    if isinstance(output_size, Sequence) and not isinstance(output_size, str):
-        known = [1 if n is None else n for n in output_size]
+    kept = isinstance(output_size, Sequence) and [n is None for n in output_size]
+    known = [1 if n is None else n for n in output_size] if isinstance(output_size, Sequence) else output_size
     counts = freeze("output_size", known)
     rank = spatial_rank(len(shape), output_size=counts)
     start = spatial_start(len(shape), rank, data_format)
     sizes = static_sizes(shape, start, rank)
     counts = per_axis("output_size", counts, rank)
-    if isinstance(output_size, Sequence):
-        counts = tuple(n if o is None else o for n, o in zip(sizes, output_size, strict=True))
+    if kept:
+        counts = tuple(n if keep else o for n, o, keep in zip(sizes, counts, kept, strict=True))
     return AdaptivePlacement(tuple(AdaptiveAxis(*axis) for axis in zip(sizes, counts, strict=True)), start)
 
 

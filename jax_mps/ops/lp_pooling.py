@@ -129,9 +129,10 @@ def lp_pool(
 def _order(p: Any) -> float:
     if isinstance(p, bool | np.bool_) or not isinstance(p, numbers.Real):
         raise TypeError(f"p must be a number known at trace time, got {type(p).__name__} {p}")
-    if not p >= 1:
+    order = float(p)
+    if not order >= 1:  # NaN is not either
         raise ValueError(f"p must be at least 1, got {p}")
-    return float(p)
+    return order
 
 
 def _absolute(x: Array) -> Array:

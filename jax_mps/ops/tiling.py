@@ -89,10 +89,10 @@ def positions(
 def _picked(x: Array, *, rows: Rows, dim: int, platform: Platform) -> Array:
     pixels = np.array(rows, np.int32).ravel()
     if platform == "apple":  # its plugins have no gather
-        y = lax.concatenate([_run(x, dim, *run) for run in _runs(pixels)], dim)
+        y = lax.concatenate([_run(x, dim, *run) for run in _runs(pixels.tolist())], dim)
     else:
         outside = np.where(pixels < 0, x.shape[dim], pixels)
-        y = jnp.take(x, outside, axis=dim, mode="fill", fill_value=np.zeros((), x.dtype)[()])
+        y = jnp.take(x, outside, axis=dim, mode="fill", fill_value=0)
     if len(rows) == 1:
         return y
     y = lax.reshape(y, (*x.shape[:dim], *np.shape(rows), *x.shape[dim + 1 :]))
@@ -103,7 +103,7 @@ def _runs(pixels: Sequence[int]) -> list[tuple[int, int]]:
     """Pixels that follow each other: the first, and how many they are; zeros have the first -1."""
     groups = itertools.groupby(enumerate(pixels), lambda each: None if each[1] < 0 else each[1] - each[0])
     runs = (list(group) for _, group in groups)
-    return [(int(run[0][1]), len(run)) for run in runs]
+    return [(run[0][1], len(run)) for run in runs]
 
 
 def _run(x: Array, dim: int, first: int, count: int) -> Array:
