@@ -54,11 +54,11 @@ def lp_pool(
     float32 and is rounded once. Differentiable as often as the norm is; a window of zeros has the
     gradient 0, and so has a pixel that is 0, in all orders that do not exist there.
 
-    PyTorch's `lp_pool2d` computes `sign(s) * |s| ** (1 / p)` of the sum `s` of `x ** p`, without the
-    absolute value. So for odd p negative numbers count against positive ones there and a negative sum gives
-    0, and for p that is no integer they give NaN. It also multiplies a window that hangs over in
-    `ceil_mode` by a power of how much of it is in the image: of [1, 2, 3, 4, 5], p = 2, windows and strides
-    of 2, its last result is 7.07, and here it is 5, the norm of what is there.
+    PyTorch's `lp_pool2d` computes `s ** (1 / p)` of the sum s of `x ** p`, without the absolute value. So
+    for odd p negative numbers count against positive ones there and a negative sum gives NaN, and if p is no
+    integer every negative number gives NaN. In `ceil_mode` it takes a window that hangs over for a whole
+    one with the same average: of [1, 2, 3, 4, 5], p = 2, windows and strides of 2, its last result is 7.07,
+    and here it is 5, the norm of what is there.
 
     For p other than 1, 2 and inf, windows are copied first, so that overlapping ones take memory; spatial
     sizes must be known at trace time; and the program has powers, which are not on the list of what Apple's
