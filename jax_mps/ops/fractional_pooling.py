@@ -66,7 +66,7 @@ def fractional_max_pool(
     the last one at n - k, and y[..., i, c] is the maximum of its k pixels. NaN propagates. The gradient of a
     window goes to its first maximum in row-major order, or to its first NaN. Differentiable to any order
     with respect to `x`; the derivative with respect to `samples` is 0. Windows are gathered, so Apple's
-    plugins cannot run this.
+    plugins cannot run this, and on an explicit mesh the spatial axes must not be sharded.
 
     Args:
       x: array of shape `(*batch, *spatial, channels)`, or `(*batch, channels, *spatial)` with
