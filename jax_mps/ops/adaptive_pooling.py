@@ -79,9 +79,9 @@ def adaptive_avg_pool(
     if placement.regular:
         return pool(image, window, start, Divisor(window.taps, ()))
     tiles = tiling.tile(tiling.widened(image), start, [axis.pixels(fill=True) for axis in axes])
-    mean = pool(tiles, window, start, Divisor(1, ()))
-    for dim, axis in enumerate(axes, start):
-        mean = mean / tiling.along(axis.lengths.astype(mean.dtype), dim, mean.ndim)
+    total = pool(tiles, window, start, Divisor(1, ()))
+    lengths = [tiling.along(axis.lengths, dim, total.ndim) for dim, axis in enumerate(axes, start)]
+    mean = total / math.prod(lengths).astype(total.dtype)  # one quotient, so that it is rounded once
     return lax.convert_element_type(mean, image.dtype)
 
 
