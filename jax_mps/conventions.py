@@ -39,6 +39,7 @@ __all__ = [
     "indices_from_tensorflow",
     "kernel_from_torch",
     "kernel_to_torch",
+    "overlap",
     "padding_from_flax",
     "padding_from_keras",
     "padding_from_torch",
@@ -334,7 +335,9 @@ def padding_from_flax(
     """
     axes = _Axes(window_shape, strides, kernel_dilation)
     geometry.flag("use_consistent_padding", use_consistent_padding)
-    if isinstance(padding, str) and padding.upper() in ("SAME", "VALID"):
+    if isinstance(padding, str):
+        if padding.upper() not in ("SAME", "VALID"):
+            raise ValueError(f"padding must be 'SAME', 'VALID', an int or pairs in Flax, got {padding!r}")
         same = padding.upper() == "SAME"
         around = []
         for extent, s in zip(axes.extent, axes.stride, strict=True):
@@ -560,4 +563,48 @@ def padding_to_keras(
     raise ValueError(
         f"padding={wanted} as pairs cannot be had in Keras, which knows 'valid' and 'same' alone, "
         f"with window_shape={axes.kernel} and strides={axes.stride}"
+    )
+
+
+# --- checkerboards ------------------------------------------------------------------------------------
+
+
+def overlap(
+    window_shape: Sequence[int], strides: Ints, *, kernel_dilation: Ints = 1
+) -> tuple[tuple[int, ...], ...]:
+    """How many taps of a transposed convolution reach a pixel of its result, away from the border.
+
+    Along an axis with K taps, stride S and dilation D, the pixel i of the result is reached by
+
+        n[r] = number of taps k < K with D * k = r (mod S),        r = (i + low) mod S,
+
+    and along several axes the numbers multiply. Where the numbers of an axis differ the result has a
+    checkerboard. With dilation 1 they are equal if and only if S divides K. The same is true of the
+    gradient of a convolution or of an average pooling with this window.
+
+    Args:
+      window_shape: taps of the kernel along each spatial axis.
+      strides: as for `conv_transpose`.
+      kernel_dilation: as for `conv_transpose`.
+
+    Returns:
+      For each spatial axis a tuple of `strides` ints, one for each r, whose sum is K.
+
+    Raises:
+      TypeError: an argument has the wrong type.
+      ValueError: a value is out of range, or lengths disagree.
+
+    Examples:
+      >>> import jax_mps
+      >>> jax_mps.conventions.overlap((3, 4), strides=2)
+      ((2, 1), (2, 2))
+      >>> jax_mps.conventions.overlap((4,), strides=2, kernel_dilation=2)
+      ((4, 0),)
+
+    Source: Odena, Dumoulin and Olah, "Deconvolution and Checkerboard Artifacts", 2016.
+    """
+    axes = _Axes(window_shape, strides, kernel_dilation)
+    return tuple(
+        tuple(sum(d * k % s == r for k in range(taps)) for r in range(s))
+        for taps, s, d in zip(axes.kernel, axes.stride, axes.dilation, strict=True)
     )

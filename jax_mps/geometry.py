@@ -137,6 +137,11 @@ class Axis(_Renamed):
         before, after = at_least_zero(self.low), at_least_zero(self.high)
         return self.cropped(-before, -after), before, after
 
+    def pixels_or_nothing(self) -> np.ndarray:
+        """Where every tap of every window lies, `(windows, taps)`; -1 for a tap in the padding."""
+        taps = self._pixels_of_taps()
+        return np.where((taps >= 0) & (taps < self.size), taps, -1)
+
     def windows_without_tap(self) -> np.ndarray:
         """The numbers of the windows all of whose taps lie in the padding."""
         if not self.is_static() or not self.overlaps_padding():
@@ -330,6 +335,72 @@ def _check_every_window_has_a_tap(i: int, axis: Axis, size: Dim, pad: tuple[Dim,
 
 # Eager calls repeat the same few geometries; symbolic sizes are not worth keeping.
 _place_static = functools.lru_cache(maxsize=1024)(_place)
+
+
+class AdaptiveAxis(NamedTuple):
+    """Windows of an axis that share out its pixels, as PyTorch does: `i * size / windows` on, to the next."""
+
+    size: int
+    windows: int
+
+    @property
+    def firsts(self) -> np.ndarray:
+        """The first pixel of every window."""
+        return np.arange(self.windows) * self.size // self.windows
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """The pixels of every window."""
+        return -(-np.arange(1, self.windows + 1) * self.size // self.windows) - self.firsts
+
+    @property
+    def taps(self) -> int:
+        """The pixels of the longest window."""
+        return int(self.lengths.max())
+
+    def pixels(self, *, fill: bool) -> np.ndarray:
+        """Where the taps lie, `(windows, taps)`; beyond the window its last pixel, or -1 with `fill`."""
+        k, lengths = np.arange(self.taps), self.lengths[:, None]
+        inside = self.firsts[:, None] + np.minimum(k, lengths - 1)
+        return np.where(k >= lengths, -1, inside) if fill else inside
+
+
+class AdaptivePlacement(NamedTuple):
+    """A call of adaptive pooling in integers: its windows, and where the spatial axes start."""
+
+    axes: tuple[AdaptiveAxis, ...]
+    start: int
+
+    @property
+    def regular(self) -> bool:
+        """Whether all windows of an axis are equally long and none overlap."""
+        return all(axis.size % axis.windows == 0 for axis in self.axes)
+
+
+def place_adaptive(
+    shape: Sequence[Dim], output_size: int | Sequence[int | None], data_format: str
+) -> AdaptivePlacement:
+    """Checks the arguments of adaptive pooling of an array of `shape` and places its windows."""
+    kept = isinstance(output_size, Sequence) and [n is None for n in output_size]
+    known = [1 if n is None else n for n in output_size] if isinstance(output_size, Sequence) else output_size
+    counts = freeze("output_size", known)
+    rank = spatial_rank(len(shape), output_size=counts)
+    start = spatial_start(len(shape), rank, data_format)
+    sizes = static_sizes(shape, start, rank)
+    counts = per_axis("output_size", counts, rank)
+    if kept:
+        counts = tuple(n if keep else o for n, o, keep in zip(sizes, counts, kept, strict=True))
+    return AdaptivePlacement(tuple(AdaptiveAxis(*axis) for axis in zip(sizes, counts, strict=True)), start)
+
+
+def static_sizes(shape: Sequence[Dim], start: int, rank: int) -> tuple[int, ...]:
+    """The spatial sizes of an array, where windows are only known if they are."""
+    sizes = tuple(shape[start : start + rank])
+    if not all(isinstance(n, int) for n in sizes):
+        raise ValueError(f"x must have spatial axes of known sizes, got symbolic dimensions in {sizes}")
+    if min(sizes) < 1:
+        raise ValueError(f"every spatial axis of x needs at least one pixel, got sizes {sizes}")
+    return sizes
 
 
 class TransposedPlacement(NamedTuple):

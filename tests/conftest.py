@@ -37,7 +37,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         type=int,
         default=200,
         metavar="N",
-        help="random cases of stock operations and of MPS classes",
+        help="random cases of stock operations, of MPS classes, and of poolings",
     )
     parser.addoption("--every", type=int, default=1, metavar="N", help="run only every N-th test")
 

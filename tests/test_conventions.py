@@ -313,3 +313,50 @@ def test_wrong_indices_of_other_libraries() -> None:
         conventions.indices_from_onnx(at, (1, 1, 0, 4))
     with pytest.raises(ValueError, match=r"fewer than 2\*\*31 pixels, got \(1, 1, 65536, 65536\)"):
         conventions.indices_from_onnx(at, (1, 1, 2**16, 2**16))
+
+
+# --- checkerboards ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("low", [0, 1, 2])
+@pytest.mark.parametrize(("stride", "dilation"), list(itertools.product((1, 2, 3, 4), (1, 2, 3, 4))))
+def test_overlap_counts_taps(stride: int, dilation: int, low: int) -> None:
+    """A transposed convolution of ones with ones counts them: PyTorch's."""
+    torch = pytest.importorskip("torch")
+    for taps in range(1, 7):
+        extent = (taps - 1) * dilation + 1
+        low = min(low, extent // 2)
+        line = torch.ones(1, 1, 2 * extent + 8)
+        y = torch.nn.functional.conv_transpose1d(
+            line, torch.ones(1, 1, taps), stride=stride, dilation=dilation, padding=low
+        )
+        (counts,) = conventions.overlap((taps,), stride, kernel_dilation=dilation)
+        middle = np.arange(extent, extent + stride)
+        np.testing.assert_array_equal(y[0, 0, middle], np.array(counts)[(middle + low) % stride])
+        if dilation == 1:
+            assert (len(set(counts)) == 1) == (taps % stride == 0)
+
+
+def test_overlap_of_several_axes() -> None:
+    axes = conventions.overlap((3, 4, 5), (2, 2, 3), kernel_dilation=(1, 2, 1))
+    assert axes == ((2, 1), (4, 0), (2, 2, 1))
+
+
+@pytest.mark.parametrize(
+    ("window", "strides", "error", "words"),
+    [
+        ((3, 0), 2, ValueError, r"window_shape must be at least 1 .*\(3, 0\)"),
+        ((3,), 0, ValueError, "strides must be at least 1 .*0"),
+        (
+            (3,),
+            (2, 2),
+            ValueError,
+            r"strides must have one entry for each of the 1 spatial axes, got \(2, 2\)",
+        ),
+        (3, 2, ValueError, "window_shape must be a sequence of 1 to 3 ints, got 3"),
+        ((3,), 2.0, TypeError, "strides must be an int known at trace time, got 2.0"),
+    ],
+)
+def test_overlap_refuses(window: Any, strides: Any, error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        conventions.overlap(window, strides)

@@ -46,6 +46,18 @@ CALLS: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
     ),
     "avg_pool": (functools.partial(jax_mps.avg_pool, count_include_pad=False, **WINDOW), ("image",)),
     "l2_pool": (functools.partial(jax_mps.l2_pool, **WINDOW), ("image",)),
+    "lp_pool": (functools.partial(jax_mps.lp_pool, p=3, **WINDOW), ("image",)),
+    "adaptive_avg_pool": (functools.partial(jax_mps.adaptive_avg_pool, output_size=(12, 4)), ("image",)),
+    "adaptive_max_pool": (
+        functools.partial(jax_mps.adaptive_max_pool, output_size=(20, 12), return_indices=True),
+        ("image",),
+    ),
+    "fractional_max_pool": (
+        lambda x, **keywords: jax_mps.fractional_max_pool(
+            x, 3, (8, 12), jnp.full((x.shape[0], x.shape[3], 2), 0.3), return_indices=True, **keywords
+        ),
+        ("image",),
+    ),
     "max_pool_gradient": (functools.partial(jax_mps.max_pool_gradient, **WINDOW), ("pooled", "image")),
     "avg_pool_gradient": (
         lambda g, **keywords: jax_mps.avg_pool_gradient(
@@ -252,7 +264,7 @@ class TestAutomaticSharding:
         check_close(jax.jit(jax.grad(square_sum(first_of(name)), at))(*sharded), gradients)
 
     @pytest.mark.parametrize("layout", ["batch", "channels"])
-    @pytest.mark.parametrize("name", [name for name in CALLS if name != "max_unpool"])
+    @pytest.mark.parametrize("name", sorted(CALLS.keys() - {"max_unpool", "fractional_max_pool"}))
     def test_batch_and_channels_stay_where_they_are(self, name, layout):
         sharded, at = self.put(operands_of(name), LAYOUTS[layout]), differentiable(name)
         f = first_of(name)
@@ -345,8 +357,11 @@ class TestExplicitSharding:
     def put(arrays: Sequence[np.ndarray], spec: P) -> list[jax.Array]:
         return [jax.device_put(x, spec) for x in arrays]
 
-    @pytest.mark.parametrize("layout", LAYOUTS)
-    @pytest.mark.parametrize("name", CALLS)
+    # What JAX itself cannot gather without being told where results are to lie.
+    REFUSED = (("fractional_max_pool", "height"), ("fractional_max_pool", "width"))
+    SHARDED = tuple((name, layout) for name in CALLS for layout in LAYOUTS)
+
+    @pytest.mark.parametrize(("name", "layout"), sorted(set(SHARDED) - set(REFUSED)))
     def test_values_and_gradients(self, name, layout):
         sharded, at = self.put(operands_of(name), LAYOUTS[layout]), differentiable(name)
         results, gradients = on_one_device(name)
@@ -375,6 +390,11 @@ class TestExplicitSharding:
         # The sum over all elements is the only thing that the devices exchange.
         if name != "max_unpool" or layout == "batch":
             assert collectives(run.lower(*sharded).compile().as_text()) <= {"all-reduce"}
+
+    @pytest.mark.parametrize(("name", "layout"), REFUSED)
+    def test_refused(self, name, layout):
+        with pytest.raises(Exception, match="out sharding could not be resolved"):
+            jax.jit(first_of(name))(*self.put(operands_of(name), LAYOUTS[layout]))
 
     def test_eager_calls_and_vmap(self):
         (x,) = operands_of("max_pool")
