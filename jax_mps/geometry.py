@@ -45,6 +45,12 @@ DataFormat = Literal["channels_last", "channels_first"]
 Edge = Literal["exclude", "zero", "clamp"]
 """What a tap outside the image reads: nothing; the value 0; the nearest pixel of the image."""
 
+LARGEST = 2**30
+"""No argument is beyond this: sums and products of two stay inside the integers of compilers and kernels."""
+
+MOST_PIXELS = 2**31 - 1
+"""Of an axis that a shape names, and taps of a window: they have numbers in int32."""
+
 
 class _Renamed:
     """Attributes under the names that they had before version 0.2, until 0.3."""
@@ -100,7 +106,7 @@ class Axis(_Renamed):
     def from_offset(cls, size: Dim, kernel: int, stride: int, dilation: int, offset: int, out: int) -> Axis:
         """The axis of an MPS kernel, whose first window is centred at the pixel `offset`."""
         extent = (kernel - 1) * dilation + 1
-        return cls(size, kernel, stride, dilation, extent // 2 - offset, out)
+        return cls(size, kernel, stride, dilation, extent // 2 - offset, out).simplified()
 
     @property
     def total_offset(self) -> Dim:
@@ -117,7 +123,19 @@ class Axis(_Renamed):
         `stride - 1` zeros between its pixels.
         """
         extent = (kernel - 1) * dilation + 1
-        return cls(size, kernel, stride, dilation, total - extent // 2 + extent - 1, length)
+        return cls(size, kernel, stride, dilation, total - extent // 2 + extent - 1, length).simplified()
+
+    def simplified(self) -> Axis:
+        """The same windows, without a dilation of one tap and without the long stride of one window.
+
+        Programs and tables grow with strides and dilations, so these must not be longer than they matter.
+        """
+        once = isinstance(self.windows, int) and self.windows == 1
+        return dataclasses.replace(
+            self,
+            stride=min(self.stride, self.extent) if once else self.stride,
+            dilation=self.dilation if self.taps > 1 else 1,
+        )
 
     def select(self, first: int, count: int) -> Axis:
         """Only the windows `first .. first + count - 1`."""
@@ -132,28 +150,34 @@ class Axis(_Renamed):
         before, after = at_least_zero(self.low), at_least_zero(self.high)
         return self.cropped(-before, -after), before, after
 
-    def windows_without_tap(self) -> np.ndarray:
-        """The numbers of the windows all of whose taps lie in the padding."""
-        if not self.is_static() or not self.overlaps_padding():
-            return np.zeros(0, np.int64)
-        first = self.stride * np.arange(self.windows) - self.low
-        lowest = np.maximum(-(first // self.dilation), 0)
-        highest = np.minimum((self.size - 1 - first) // self.dilation, self.taps - 1)
-        return np.flatnonzero(lowest > highest)
-
-    def _pixels_of_taps(self) -> np.ndarray:
-        """Where every tap of every window lies: `(windows, taps)`."""
-        first = self.stride * np.arange(self.windows) - self.low
-        return first[:, None] + self.dilation * np.arange(self.taps)
+    def first_empty_window(self) -> int | None:
+        """The number of the first window all of whose taps lie in the padding, if there is one."""
+        if not self.is_static():
+            return None
+        if self.low >= self.extent:
+            return 0
+        # A window that begins before the image and ends behind its first pixel is empty if its taps step
+        # over the image. Where they do repeats with the dilation.
+        before = -(-max(self.low, 0) // self.stride)
+        period = self.dilation // math.gcd(self.stride, self.dilation)
+        first = self.stride * np.arange(min(before, self.windows, period)) - self.low
+        over = np.flatnonzero(first % self.dilation >= self.size)
+        if over.size:
+            return int(over[0])
+        behind = max(-(-(self.size + self.low) // self.stride), 0)
+        return behind if behind < self.windows else None
 
     def counted_taps(self, low: int, high: int) -> np.ndarray:
         """For every window, how many taps lie in the image or in a band of `low`, `high` pixels around it."""
-        taps = self._pixels_of_taps()
-        return np.count_nonzero((taps >= -low) & (taps < self.size + high), axis=1)
+        first = self.stride * np.arange(self.windows) - self.low
+        lowest = np.maximum(-((first + low) // self.dilation), 0)
+        highest = np.minimum((self.size + high - 1 - first) // self.dilation, self.taps - 1)
+        return np.maximum(highest - lowest + 1, 0)
 
     def pixels_read(self, edge: Edge) -> np.ndarray:
         """For every pixel of the image, whether a tap of some window reads it."""
-        taps = self._pixels_of_taps()
+        first = self.stride * np.arange(self.windows) - self.low
+        taps = first[:, None] + self.dilation * np.arange(self.taps)
         if edge == "clamp":
             taps = np.clip(taps, 0, self.size - 1)
         read = np.zeros(self.size, bool)
@@ -279,13 +303,15 @@ def _place(
     kernel = per_axis("window_shape", window_shape, rank)
     stride = per_axis("strides", strides, rank)
     dilation = per_axis("window_dilation", window_dilation, rank)
+    if math.prod(kernel) > MOST_PIXELS:
+        raise ValueError(f"window_shape must have fewer than 2**31 taps in all, got {kernel}")
     pads = _pads(padding, sizes, kernel, stride, dilation, ceil_mode)
 
     axes, crop = [], []
     for i, (size, k, s, d, pad) in enumerate(zip(sizes, kernel, stride, dilation, pads, strict=True)):
         axis = Axis(size, k, s, d, pad[0], _count_windows(i, size, k, s, d, pad, ceil_mode))
         cut = (at_least_zero(-pad[0]), at_least_zero(-pad[1]))
-        axis = axis.cropped(*cut)
+        axis = axis.cropped(*cut).simplified()
         _check_every_window_has_a_tap(i, axis, size, pad)
         axes.append(axis)
         crop.append(cut)
@@ -314,10 +340,10 @@ def _count_windows(i: int, size: Dim, k: int, s: int, d: int, pad: tuple[Dim, Di
 
 def _check_every_window_has_a_tap(i: int, axis: Axis, size: Dim, pad: tuple[Dim, Dim]) -> None:
     """Refuses padding so wide that all taps of some window lie in it; `size` is that before cropping."""
-    empty = axis.windows_without_tap()
-    if empty.size:
+    empty = axis.first_empty_window()
+    if empty is not None:
         raise ValueError(
-            f"padding={pad} of spatial axis {i} leaves window {empty[0]} without a valid tap "
+            f"padding={pad} of spatial axis {i} leaves window {empty} without a valid tap "
             f"(size {size}, window_shape {axis.taps}, strides {axis.stride}, "
             f"window_dilation {axis.dilation}): every window must read at least one pixel of the image"
         )
@@ -393,6 +419,9 @@ def _place_transposed(
         _transposed_axis(i, *each)
         for i, each in enumerate(zip(lengths, kernel, stride, dilation, pads, more, strict=True))
     ]
+    _check_plane(
+        f"{strides=}, {padding=}, {output_padding=} and {kernel_dilation=}", [axis.size for axis in axes]
+    )
     return TransposedPlacement(Window(tuple(axes)), start)
 
 
@@ -407,7 +436,7 @@ def _transposed_axis(i: int, n: Dim, k: int, s: int, d: int, pad: tuple[Dim, Dim
             f"pixels that {n} windows of {extent} pixels reach with strides {s} and output_padding "
             f"{more}: the output size would be below 1"
         )
-    return Axis(size, k, s, d, low, n)
+    return Axis(size, k, s, d, low, n).simplified()
 
 
 _place_transposed_static = functools.lru_cache(maxsize=1024)(_place_transposed)
@@ -477,11 +506,14 @@ def _place_conv(
     axes = tuple(
         _conv_axis(i, *each) for i, each in enumerate(zip(sizes, kernel, stride, dilation, pads, strict=True))
     )
+    _check_plane(
+        f"{strides=}, {padding=}, {input_dilation=} and {kernel_dilation=}", [_reach(axis) for axis in axes]
+    )
     columns = list(zip(axes, lengths, expansion, strict=True))
     return ConvPlacement(
         Window(axes) if all(e == 1 for e in expansion) else None,
         Window(tuple(_backwards(axis, n, e) for axis, n, e in columns)),
-        Window(tuple(Axis(_reach(axis), 1, axis.stride, 1, 0, axis.windows) for axis in axes)),
+        Window(tuple(Axis(_reach(axis), 1, axis.stride, 1, 0, axis.windows).simplified() for axis in axes)),
         start,
     )
 
@@ -497,7 +529,7 @@ def _conv_axis(i: int, size: Dim, k: int, s: int, d: int, pad: tuple[Dim, Dim]) 
             f"{size + low + high} of spatial axis {i} (size {size}, padding {pad}): "
             "the output size would be below 1"
         )
-    return Axis(size, k, s, d, low, count)
+    return Axis(size, k, s, d, low, count).simplified()
 
 
 def _reach(axis: Axis) -> Dim:
@@ -511,7 +543,15 @@ def _backwards(axis: Axis, length: Dim, expansion: int) -> Axis:
     Pixel a feeds the result `expansion * a + low - dilation * k` with tap k, counted from the last tap here.
     """
     low = axis.extent - 1 - axis.low
-    return Axis(_reach(axis), axis.taps, expansion, axis.dilation, low, length)
+    return Axis(_reach(axis), axis.taps, expansion, axis.dilation, low, length).simplified()
+
+
+def _check_plane(arguments: str, sizes: Sequence[Dim]) -> None:
+    """Refuses planes whose pixels nobody could hold, before compilers count them."""
+    if all(isinstance(n, int) for n in sizes) and (max(sizes) > MOST_PIXELS or math.prod(sizes) > 2**40):
+        raise ValueError(
+            f"{arguments} make a plane of {sizes} pixels: an axis has fewer than 2**31, a plane at most 2**40"
+        )
 
 
 _place_conv_static = functools.lru_cache(maxsize=1024)(_place_conv)
@@ -631,14 +671,17 @@ def _pads(
 # --- checking single values ---------------------------------------------------------------------------
 
 
-def integer(name: str, value: Any) -> int:
-    """`value` as an int; a `TypeError` that names the argument for anything that is not a static one."""
-    if not isinstance(value, bool | np.bool_):
-        try:
-            return operator.index(value)
-        except TypeError:
-            pass
-    raise TypeError(f"{name} must be an int known at trace time, got {_describe(value)}")
+def integer(name: str, value: Any, *, largest: int = LARGEST) -> int:
+    """`value` as an int, from `-largest` to `largest`; else an error that names the argument."""
+    if isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name} must be an int known at trace time, got {_describe(value)}")
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an int known at trace time, got {_describe(value)}") from None
+    if abs(number) > largest:
+        raise ValueError(f"{name} must be an int from {-largest} to {largest}, got {number}")
+    return number
 
 
 def flag(name: str, value: Any) -> None:
@@ -651,7 +694,7 @@ def shape(name: str, value: Any) -> tuple[Dim, ...]:
     """`value` as the shape of an array: ints of at least 0, or symbolic dimensions."""
     if isinstance(value, str) or not isinstance(value, Iterable):
         raise TypeError(f"{name} must be a sequence of ints, got {_describe(value)}")
-    dims = tuple(d if _compat.is_symbolic(d) else integer(name, d) for d in value)
+    dims = tuple(d if _compat.is_symbolic(d) else integer(name, d, largest=MOST_PIXELS) for d in value)
     if any(surely_below(d, 0) for d in dims):
         raise ValueError(f"{name} must not have negative entries, got {dims}")
     return dims

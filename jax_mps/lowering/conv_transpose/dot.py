@@ -8,7 +8,7 @@ from typing import Any
 from jax import lax
 
 from jax_mps.geometry import Axis
-from jax_mps.lowering.axes import concatenate, cover, cut, resize, tap_of, unblock
+from jax_mps.lowering.axes import concatenate, cover, cut, resize, spread, tap_of, unblock
 from jax_mps.lowering.conv_transpose.description import Conv
 from jax_mps.lowering.conv_transpose.products import (
     from_channels_last,
@@ -77,17 +77,11 @@ def _phases_of_taps(conv: Conv, z: Array, axis: Axis, dim: int) -> Array:
     """(blocks, phases), where every phase is the sum of the dilated taps that fall on it."""
     falls = [divmod(axis.dilation * k, axis.stride) for k in range(axis.taps)]
     last = max(block for block, _ in falls)
-    phases = []
-    for r in range(axis.stride):
-        terms = [
-            resize(cut(z, dim + 1, k, k + 1), dim, block, last - block, 0)
-            for k, (block, phase) in enumerate(falls)
-            if phase == r
-        ]
-        phases.append(conv.sum(terms) if terms else None)
-    like = next(p for p in phases if p is not None)
-    filled = [lax.full_like(like, 0) if p is None else p for p in phases]
-    return concatenate(filled, dim + 1)
+    terms: dict[int, list[Array]] = {}
+    for k, (block, phase) in enumerate(falls):
+        term = resize(cut(z, dim + 1, k, k + 1), dim, block, last - block, 0)
+        terms.setdefault(phase, []).append(term)
+    return spread({phase: conv.sum(those) for phase, those in terms.items()}, axis.stride, dim + 1)
 
 
 def _patches_in_rows(conv: Conv, g: Array) -> Array:
