@@ -237,6 +237,7 @@ class Window(_Renamed):
 
 
 Band = tuple[tuple[Dim, Dim], ...]
+Margins = tuple[tuple[Dim, Dim], ...]
 
 
 class Divisor(NamedTuple):
@@ -252,12 +253,31 @@ class Divisor(NamedTuple):
 
 
 class Placement(NamedTuple):
-    """A pooling call in integers: its windows, where the spatial axes start, what is cropped first."""
+    """A pooling call in integers.
+
+    A symbolic size may turn out to be too small for any window. So that every program has one, such an image
+    is grown first, and what the windows beyond the true ones give is cut off last.
+
+    Attributes:
+      window: the windows, on the image that has been grown and cropped.
+      start: where the spatial axes start.
+      grow: pixels to be added to the image, before and after, along each axis; nothing with static sizes.
+      crop: pixels to be cut off then.
+      pads: the padding.
+      spare: windows to be cut off the result; none with static sizes.
+    """
 
     window: Window
     start: int
-    crop: tuple[tuple[Dim, Dim], ...]
-    pads: tuple[tuple[Dim, Dim], ...]
+    grow: Margins
+    crop: Margins
+    pads: Margins
+    spare: Margins
+
+    @property
+    def counts(self) -> tuple[Dim, ...]:
+        """Spatial shape of the result."""
+        return tuple(n - after for n, (_, after) in zip(self.window.counts, self.spare, strict=True))
 
 
 # --- from the arguments of a call to a placement ------------------------------------------------------
@@ -307,15 +327,31 @@ def _place(
         raise ValueError(f"window_shape must have fewer than 2**31 taps in all, got {kernel}")
     pads = _pads(padding, sizes, kernel, stride, dilation, ceil_mode)
 
-    axes, crop = [], []
+    axes, grow, crop, spare = [], [], [], []
     for i, (size, k, s, d, pad) in enumerate(zip(sizes, kernel, stride, dilation, pads, strict=True)):
-        axis = Axis(size, k, s, d, pad[0], _count_windows(i, size, k, s, d, pad, ceil_mode))
         cut = (at_least_zero(-pad[0]), at_least_zero(-pad[1]))
-        axis = axis.cropped(*cut).simplified()
+        count = _count_windows(i, size, k, s, d, pad, ceil_mode)
+        missing: Dim = 0
+        if not isinstance(size, int) and not (_surely_positive(count) and _surely_positive(size - sum(cut))):
+            overhang = s - 1 if ceil_mode else 0
+            least = (k - 1) * d + 1 - sum(pad) - overhang
+            missing = at_least_zero(max(least, sum(cut) + 1, 1 - pad[0]) - size)
+        windows = count if _is_zero(missing) else _count_windows(i, size + missing, k, s, d, pad, ceil_mode)
+        axis = Axis(size + missing, k, s, d, pad[0], windows).cropped(*cut).simplified()
         _check_every_window_has_a_tap(i, axis, size, pad)
         axes.append(axis)
+        grow.append((0, missing))
         crop.append(cut)
-    return Placement(Window(tuple(axes)), start, tuple(crop), pads)
+        spare.append((0, windows - at_least_zero(count)))
+    return Placement(Window(tuple(axes)), start, tuple(grow), tuple(crop), pads, tuple(spare))
+
+
+def _surely_positive(value: Dim) -> bool:
+    return surely_below(-value, 0)
+
+
+def _is_zero(dim: Dim) -> bool:
+    return isinstance(dim, int) and dim == 0
 
 
 def _count_windows(i: int, size: Dim, k: int, s: int, d: int, pad: tuple[Dim, Dim], ceil_mode: bool) -> Dim:
@@ -354,10 +390,22 @@ _place_static = functools.lru_cache(maxsize=1024)(_place)
 
 
 class TransposedPlacement(NamedTuple):
-    """A transposed convolution in integers: its windows, and where the spatial axes start."""
+    """A transposed convolution in integers.
+
+    Attributes:
+      window: its windows.
+      start: where the spatial axes start.
+      spare: pixels to be cut off the result, see `Placement`.
+    """
 
     window: Window
     start: int
+    spare: Margins
+
+    @property
+    def sizes(self) -> tuple[Dim, ...]:
+        """Spatial shape of the result."""
+        return tuple(n - after for n, (_, after) in zip(self.window.sizes, self.spare, strict=True))
 
 
 def place_transposed(
@@ -415,14 +463,16 @@ def _place_transposed(
                 f"strides ({s}) and kernel_dilation ({d}), got {op}"
             )
     pads = transposed_pads(padding, kernel, stride, dilation)
-    axes = [
-        _transposed_axis(i, *each)
-        for i, each in enumerate(zip(lengths, kernel, stride, dilation, pads, more, strict=True))
-    ]
+    axes, spare = [], []
+    for i, each in enumerate(zip(lengths, kernel, stride, dilation, pads, more, strict=True)):
+        axis = _transposed_axis(i, *each)
+        missing = at_least_zero(1 - axis.size)
+        axes.append(dataclasses.replace(axis, size=axis.size + missing))
+        spare.append((0, axis.size + missing - at_least_zero(axis.size)))
     _check_plane(
         f"{strides=}, {padding=}, {output_padding=} and {kernel_dilation=}", [axis.size for axis in axes]
     )
-    return TransposedPlacement(Window(tuple(axes)), start)
+    return TransposedPlacement(Window(tuple(axes)), start, tuple(spare))
 
 
 def _transposed_axis(i: int, n: Dim, k: int, s: int, d: int, pad: tuple[Dim, Dim], more: int) -> Axis:
@@ -451,12 +501,15 @@ class ConvPlacement(NamedTuple):
         input dilation as its stride, that gives the results of stride 1.
       picked: the windows of one tap that pick the results of all strides from those.
       start: where the spatial axes start.
+      grow, spare: pixels to be added to the image, and to be cut off the result, see `Placement`.
     """
 
     ordinary: Window | None
     transposed: Window
     picked: Window
     start: int
+    grow: Margins
+    spare: Margins
 
 
 def place_conv(
@@ -503,18 +556,31 @@ def _place_conv(
     start, lengths = _pixels(shape, rank, data_format)
     sizes = tuple((n - 1) * e + 1 for n, e in zip(lengths, expansion, strict=True))
     pads = _pads(padding, sizes, kernel, stride, dilation, False)
-    axes = tuple(
-        _conv_axis(i, *each) for i, each in enumerate(zip(sizes, kernel, stride, dilation, pads, strict=True))
-    )
+    axes, grow, spare = [], [], []
+    for i, (n, e, *each) in enumerate(
+        zip(lengths, expansion, sizes, kernel, stride, dilation, pads, strict=True)
+    ):
+        axis = _conv_axis(i, *each)
+        missing, windows = 0, at_least_zero(axis.windows)
+        if not _surely_positive(axis.windows):
+            least = max(axis.extent - sum(pads[i]), 1)
+            missing = at_least_zero(-(-(least - 1) // e) + 1 - n)
+            axis = _conv_axis(i, axis.size + missing * e, *each[1:])
+        axes.append(axis)
+        grow.append((0, missing))
+        spare.append((0, axis.windows - windows))
+    lengths = tuple(n + after for n, (_, after) in zip(lengths, grow, strict=True))
     _check_plane(
         f"{strides=}, {padding=}, {input_dilation=} and {kernel_dilation=}", [_reach(axis) for axis in axes]
     )
     columns = list(zip(axes, lengths, expansion, strict=True))
     return ConvPlacement(
-        Window(axes) if all(e == 1 for e in expansion) else None,
+        Window(tuple(axes)) if all(e == 1 for e in expansion) else None,
         Window(tuple(_backwards(axis, n, e) for axis, n, e in columns)),
         Window(tuple(Axis(_reach(axis), 1, axis.stride, 1, 0, axis.windows).simplified() for axis in axes)),
         start,
+        tuple(grow),
+        tuple(spare),
     )
 
 

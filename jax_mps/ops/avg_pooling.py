@@ -94,7 +94,8 @@ def avg_pool(
     number = geometry.divisor(
         placement, count_include_pad=count_include_pad, ceil_mode=ceil_mode, override=divisor_override
     )
-    return pool(edges.crop(image, placement), window, start, number, implementation=implementation)
+    y = pool(edges.crop(image, placement), window, start, number, implementation=implementation)
+    return edges.trim(y, placement)
 
 
 def avg_pool_gradient(
@@ -153,11 +154,12 @@ def avg_pool_gradient(
     placement = place(shape, window_shape, strides, padding, window_dilation, ceil_mode, data_format)
     window, start = placement.window, placement.start
     rule.check_implementation(implementation, static=window.is_static())
-    expected = operands.pooled_shape(shape, window, start)
+    expected = operands.pooled_shape(shape, placement)
     operands.check_shape("source_gradient", g, expected, "that of a pooled array of source_shape")
     number = geometry.divisor(
         placement, count_include_pad=count_include_pad, ceil_mode=ceil_mode, override=divisor_override
     )
+    g = edges.untrim(g, placement)
     return edges.uncrop(gradient(g, window, start, number, implementation=implementation), placement)
 
 

@@ -28,7 +28,7 @@ from jax_mps import _compat, geometry
 from jax_mps.geometry import DataFormat, Ints, Padding, Window
 from jax_mps.lowering import conv_transpose as lowered
 from jax_mps.lowering import rule
-from jax_mps.ops import operands, primitive
+from jax_mps.ops import edges, operands, primitive
 from jax_mps.ops.operands import FLOATS
 
 Array = Any
@@ -111,17 +111,28 @@ def conv(
     """
     image = operands.array("x", x, FLOATS)
     weights = operands.array("kernel", kernel, FLOATS)
-    ordinary, transposed, picked, start = geometry.place_conv(
+    placement = geometry.place_conv(
         image.shape, _taps("kernel", weights.shape), strides, padding, input_dilation, kernel_dilation,
         data_format,
     )  # fmt: skip
-    params = _params(image.shape, transposed, start, groups, False, data_format, precision, implementation)
+    params = _params(
+        image.shape, placement.transposed, placement.start, groups, False, data_format, precision,
+        implementation,
+    )  # fmt: skip
     outputs = _check_channels("x", image.shape, "kernel", weights.shape, params)
     operands.check_same_dtype("kernel", weights, "x", image)
     params["out_dtype"] = _preferred(preferred_element_type, image.dtype)
-    if ordinary is not None:
-        return gradient_data(image, weights, **params | {"window": ordinary, "transpose_kernel": True})
-    y = forward(image, weights, **params)
+    y = _ordinary(edges.grow(image, placement), weights, outputs, placement, params)
+    return edges.trim(y, placement)
+
+
+def _ordinary(
+    x: Array, kernel: Array, outputs: int, placement: geometry.ConvPlacement, params: dict[str, Any]
+) -> Array:
+    """The ordinary convolution with the windows of `placement`."""
+    if placement.ordinary is not None:
+        return gradient_data(x, kernel, **params | {"window": placement.ordinary, "transpose_kernel": True})
+    y, picked = forward(x, kernel, **params), placement.picked
     if picked.sizes == picked.counts:
         return y
     one = lax.full((1,) * picked.rank + (1, outputs), 1, y.dtype)
@@ -213,7 +224,7 @@ def conv_transpose(
     )  # fmt: skip
     operands.check_same_dtype("kernel", weights, "x", image)
     out_dtype = _preferred(preferred_element_type, image.dtype)
-    return forward(image, weights, out_dtype=out_dtype, **call.params)
+    return edges.trim(forward(image, weights, out_dtype=out_dtype, **call.params), call.placement)
 
 
 def conv_transpose_gradient_data(
@@ -279,6 +290,7 @@ def conv_transpose_gradient_data(
     )  # fmt: skip
     operands.check_shape("source_gradient", g, call.result_shape, "that of the result of conv_transpose")
     operands.check_same_dtype("kernel", weights, "source_gradient", g)
+    g = edges.untrim(g, call.placement)
     return gradient_data(g, weights, out_dtype=_preferred(preferred_element_type, g.dtype), **call.params)
 
 
@@ -347,10 +359,12 @@ def conv_transpose_gradient_weights(
     )  # fmt: skip
     operands.check_shape("source_gradient", g, call.result_shape, "that of the result of conv_transpose")
     operands.check_same_dtype("source", x, "source_gradient", g)
+    g = edges.untrim(g, call.placement)
     return gradient_weights(g, x, out_dtype=_preferred(preferred_element_type, g.dtype), **call.params)
 
 
 class _Call(NamedTuple):
+    placement: geometry.TransposedPlacement
     params: dict[str, Any]
     result_shape: tuple[Any, ...]
 
@@ -373,17 +387,18 @@ def _place(
 ) -> _Call:
     """Checks the arguments that the transposed functions share; `source` and `kernel` name the shapes."""
     geometry.flag("transpose_kernel", transpose_kernel)
-    window, start = geometry.place_transposed(
+    placement = geometry.place_transposed(
         shape, _taps(kernel, kernel_shape), strides, padding, output_padding, kernel_dilation, data_format
     )
+    window, start = placement.window, placement.start
     params = _params(
         shape, window, start, groups, bool(transpose_kernel), data_format, precision, implementation
     )
     outputs = _check_channels(source, shape, kernel, kernel_shape, params, f" with {transpose_kernel=}")
     result = list(shape)
-    result[start : start + window.rank] = window.sizes
+    result[start : start + window.rank] = placement.sizes
     result[_channel(window, start, params["channels_last"])] = outputs
-    return _Call(params, tuple(result))
+    return _Call(placement, params, tuple(result))
 
 
 def _taps(kernel: str, kernel_shape: Sequence[Any]) -> tuple[int, ...]:

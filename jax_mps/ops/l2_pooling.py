@@ -87,7 +87,8 @@ def l2_pool(
     placement = place(image.shape, window_shape, strides, padding, window_dilation, ceil_mode, data_format)
     window, start = placement.window, placement.start
     rule.check_implementation(implementation, static=window.is_static())
-    return pool(edges.crop(image, placement), window, start, implementation=implementation)
+    y = pool(edges.crop(image, placement), window, start, implementation=implementation)
+    return edges.trim(y, placement)
 
 
 def l2_pool_gradient(
@@ -142,8 +143,9 @@ def l2_pool_gradient(
     placement = place(x.shape, window_shape, strides, padding, window_dilation, ceil_mode, data_format)
     window, start = placement.window, placement.start
     rule.check_implementation(implementation, static=window.is_static())
-    expected = operands.pooled_shape(x.shape, window, start)
+    expected = operands.pooled_shape(x.shape, placement)
     operands.check_shape("source_gradient", g, expected, "that of the pooled source")
+    g = edges.untrim(g, placement)
     dx = gradient(g, edges.crop(x, placement), window, start, implementation=implementation)
     return edges.uncrop(dx, placement)
 

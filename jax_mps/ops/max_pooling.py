@@ -141,12 +141,13 @@ def max_pool(
     sizes = image.shape[start : start + window.rank]
     image = edges.crop(image, placement)
     if not return_indices:
-        return pool(image, window, start, implementation=implementation)
+        return edges.trim(pool(image, window, start, implementation=implementation), placement)
     if window.is_static() and math.prod(sizes) > 2**31 - 1:
         raise ValueError(f"return_indices=True needs spatial planes below 2**31 pixels, got {sizes}")
     params = {"window": window, "start": start, "implementation": implementation}
     y, tap_index = max_pool_with_tap_index_p.bind(image, **params)
-    return y, positions_p.bind(tap_index, window=window, start=start, crop=placement.crop, sizes=sizes)
+    at = positions_p.bind(tap_index, window=window, start=start, crop=placement.crop, sizes=sizes)
+    return edges.trim(y, placement), edges.trim(at, placement)
 
 
 def max_pool_gradient(
@@ -203,8 +204,9 @@ def max_pool_gradient(
     placement = place(x.shape, window_shape, strides, padding, window_dilation, ceil_mode, data_format)
     window, start = placement.window, placement.start
     rule.check_implementation(implementation, static=window.is_static())
-    expected = operands.pooled_shape(x.shape, window, start)
+    expected = operands.pooled_shape(x.shape, placement)
     operands.check_shape("source_gradient", g, expected, "that of the pooled source")
+    g = edges.untrim(g, placement)
     dx = gradient(g, edges.crop(x, placement), window, start, implementation=implementation)
     return edges.uncrop(dx, placement)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jax_mps.geometry import Dim, Window
+from jax_mps.geometry import Dim, Placement
 
 Array = Any
 
@@ -33,6 +33,7 @@ def check_same_dtype(name: str, x: Array, other: str, y: Array) -> None:
         raise TypeError(f"{name} must have the dtype of {other}, {y.dtype.name}, got {x.dtype.name}")
 
 
-def pooled_shape(shape: Sequence[Dim], window: Window, start: int) -> tuple[Dim, ...]:
+def pooled_shape(shape: Sequence[Dim], placement: Placement) -> tuple[Dim, ...]:
     """The shape of the pooled array of an image array of that shape."""
-    return (*shape[:start], *window.counts, *shape[start + window.rank :])
+    start = placement.start
+    return (*shape[:start], *placement.counts, *shape[start + placement.window.rank :])
