@@ -82,8 +82,10 @@ def add_up(terms: Iterable[Array], at_once: int) -> Array:
     if len(sums) == 1:
         return sums[0]
     shape, dtype = sums[0].shape, sums[0].dtype
+    wide = np.promote_types(dtype, np.float32)
     rows = lax.concatenate([lax.reshape(a, (1, math.prod(shape))) for a in sums], 0)
-    return lax.reshape(lax.reduce(rows, np.zeros((), dtype), lax.add, (0,)), shape)
+    total = lax.reduce(lax.convert_element_type(rows, wide), np.zeros((), wide), lax.add, (0,))
+    return lax.reshape(lax.convert_element_type(total, dtype), shape)
 
 
 def concatenate(arrays: list[Array], dim: int) -> Array:
