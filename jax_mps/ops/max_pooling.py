@@ -348,6 +348,24 @@ def _integer_jvp(prim: Any) -> Any:
     return jvp
 
 
+def _max_jet(primals: Sequence[Array], series: Any, **params: Any) -> tuple[Array, Any]:
+    (y, _), (terms, _) = _with_index_jet(primals, series, **params)
+    return y, terms
+
+
+def _with_index_jet(primals: Sequence[Array], series: Any, **params: Any) -> tuple[Any, Any]:
+    y, tap_index = max_pool_with_tap_index_p.bind(*primals, **params)
+    return [y, tap_index], [[_take(t, tap_index, **params) for t in series[0]], _compat.no_terms]
+
+
+def _integer_jet(prim: Any) -> Any:
+    return lambda primals, series, **params: (prim.bind(*primals, **params), _compat.no_terms)
+
+
+_compat.define_jet(max_pool_p, _max_jet)
+_compat.define_jet(max_pool_with_tap_index_p, _with_index_jet)
+for _prim in (max_pool_selected_tap_index_p, max_pool_tap_index_p, positions_p):
+    _compat.define_jet(_prim, _integer_jet(_prim))
 ad.primitive_jvps[max_pool_p] = _max_jvp
 ad.primitive_jvps[max_pool_with_tap_index_p] = _with_index_jvp
 ad.primitive_jvps[max_pool_selected_tap_index_p] = _integer_jvp(max_pool_selected_tap_index_p)
