@@ -618,6 +618,8 @@ class _Channels(NamedTuple):
 def _batch(roles: _Roles) -> Callable[..., tuple[Array, int]]:
     def batch(prim: Any, arrays: Sequence[Array], dims: Sequence[Any], **params: Any) -> tuple[Array, int]:
         mapped = [i for i, d in enumerate(dims) if d is not None]
+        if arrays[mapped[0]].shape[dims[mapped[0]]] == 0:
+            return _of_no_examples(prim, arrays, dims, params), 0
         if len(mapped) == 2:
             return _batch_into_groups(prim, arrays, dims, roles, params)
         (i,) = mapped
@@ -625,6 +627,16 @@ def _batch(roles: _Roles) -> Callable[..., tuple[Array, int]]:
         return case(prim, list(arrays), i, dims[i], roles, params)
 
     return batch
+
+
+def _of_no_examples(prim: Any, arrays: Sequence[Array], dims: Sequence[Any], params: dict[str, Any]) -> Array:
+    """The result for a mapped axis of length 0, which no group and no channel could be made of."""
+    shapes = [
+        a.shape if d is None else (*a.shape[:d], *a.shape[d + 1 :]) for a, d in zip(arrays, dims, strict=True)
+    ]
+    one = [jax.ShapeDtypeStruct(shape, a.dtype) for shape, a in zip(shapes, arrays, strict=True)]
+    like = jax.eval_shape(lambda *operands: prim.bind(*operands, **params), *one)
+    return lax.full((0, *like.shape), 0, like.dtype)
 
 
 def _batch_into_groups(
