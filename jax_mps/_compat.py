@@ -41,9 +41,9 @@ except ImportError:
     from jax.extend import ffi
 
 try:
-    from jax.experimental import jet
+    from jax.experimental import jet as _jet
 except ImportError:  # experimental modules come and go
-    jet = None  # type: ignore[assignment]
+    _jet = None  # type: ignore[assignment]
 
 __all__ = [
     "Primitive",
@@ -184,6 +184,8 @@ def zero_tangent(x: Any) -> ad.Zero:
 
 
 # --- Taylor series ------------------------------------------------------------------------------------
+
+jet: Any = _jet
 
 no_terms = getattr(jet, "zero_series", None)
 """The terms of a result that does not depend on what is being differentiated."""

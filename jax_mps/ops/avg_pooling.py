@@ -26,6 +26,7 @@ Array = Any
 # --- public functions ---------------------------------------------------------------------------------
 
 
+@operands.by_parts(1)
 def avg_pool(
     x: ArrayLike,
     window_shape: Ints,
@@ -53,7 +54,7 @@ def avg_pool(
     Args:
       x: array of shape `(*batch, *spatial, channels)`, or `(*batch, channels, *spatial)` with
         `data_format="channels_first"`; 1 to 3 spatial axes, any number of batch axes. float32, float64,
-        float16 or bfloat16.
+        float16, bfloat16, complex64 or complex128.
       window_shape: taps of a window along each spatial axis; ints and tuples as for `max_pool`.
       strides: pixels from one window to the next. Libraries disagree about a default, so there is none.
       padding: "VALID", "SAME", an int, or a `(low, high)` pair for each spatial axis; negative crops.
@@ -98,6 +99,7 @@ def avg_pool(
     return edges.trim(y, placement)
 
 
+@operands.by_parts(1)
 def avg_pool_gradient(
     source_gradient: ArrayLike,
     source_shape: Sequence[int],
@@ -119,7 +121,7 @@ def avg_pool_gradient(
     This is the transpose of `avg_pool`, and needs the shape of the image but not its values.
 
     Args:
-      source_gradient: gradient of the pooled array; float32, float64, float16 or bfloat16.
+      source_gradient: gradient of the pooled array, of a dtype that `avg_pool` takes.
       source_shape: shape of the image that was pooled, batch and channels included.
       window_shape: as for `avg_pool`, and so are the arguments that follow.
       strides: pixels from one window to the next.

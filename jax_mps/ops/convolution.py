@@ -38,6 +38,7 @@ Precision = Any
 # --- public functions ---------------------------------------------------------------------------------
 
 
+@operands.by_parts(2)
 def conv(
     x: ArrayLike,
     kernel: ArrayLike,
@@ -66,7 +67,7 @@ def conv(
     Args:
       x: array of shape `(*batch, *spatial, in)`, or `(*batch, in, *spatial)` with
         `data_format="channels_first"`; 1 to 3 spatial axes, any number of batch axes. float32, float64,
-        float16 or bfloat16.
+        float16, bfloat16, complex64 or complex128.
       kernel: array of shape `(*window, in / groups, out)` and of the dtype of `x`; its shape says how many
         spatial axes there are. A weight of PyTorch is one after `jnp.moveaxis(weight, (0, 1), (-1, -2))`.
       strides: pixels of `x` from one pixel of `y` to the next; an int, or one for each spatial axis.
@@ -81,8 +82,8 @@ def conv(
       data_format: "channels_last" or "channels_first".
       precision: what `jax.lax` calls precision, for matrix units that can multiply with less than float32.
         Native kernels always have all of it.
-      preferred_element_type: the dtype of the result, a float at least as wide as that of `x`, which is the
-        default.
+      preferred_element_type: the dtype of the result, of the kind of `x` and at least as wide, which is
+        the default.
       implementation: None chooses; "native" or "xla" forces a path.
 
     Returns:
@@ -140,6 +141,7 @@ def _ordinary(
     return gradient_data(y, one, **params | pick)
 
 
+@operands.by_parts(2)
 def conv_transpose(
     x: ArrayLike,
     kernel: ArrayLike,
@@ -170,7 +172,7 @@ def conv_transpose(
     Args:
       x: array of shape `(*batch, *spatial, in)`, or `(*batch, in, *spatial)` with
         `data_format="channels_first"`; 1 to 3 spatial axes, any number of batch axes. float32, float64,
-        float16 or bfloat16.
+        float16, bfloat16, complex64 or complex128.
       kernel: array of the dtype of `x`; its shape says how many spatial axes there are.
         `(*window, in / groups, out)` with `transpose_kernel=False`, used as it is (MPS, Flax);
         `(*window, out / groups, in)` with `transpose_kernel=True`: the kernel of the ordinary convolution
@@ -188,8 +190,8 @@ def conv_transpose(
       data_format: "channels_last" or "channels_first".
       precision: what `jax.lax` calls precision, for matrix units that can multiply with less than float32.
         Native kernels always have all of it.
-      preferred_element_type: the dtype of the result, a float at least as wide as that of `x`, which is the
-        default.
+      preferred_element_type: the dtype of the result, of the kind of `x` and at least as wide, which is
+        the default.
       implementation: None chooses; "native" or "xla" forces a path.
 
     Returns:
@@ -227,6 +229,7 @@ def conv_transpose(
     return edges.trim(forward(image, weights, out_dtype=out_dtype, **call.params), call.placement)
 
 
+@operands.by_parts(2)
 def conv_transpose_gradient_data(
     source_gradient: ArrayLike,
     kernel: ArrayLike,
@@ -294,6 +297,7 @@ def conv_transpose_gradient_data(
     return gradient_data(g, weights, out_dtype=_preferred(preferred_element_type, g.dtype), **call.params)
 
 
+@operands.by_parts(2)
 def conv_transpose_gradient_weights(
     source_gradient: ArrayLike,
     source: ArrayLike,

@@ -34,7 +34,7 @@ from jax_mps.geometry import (
 )
 from jax_mps.lowering import pooling, rule
 from jax_mps.ops import edges, operands, primitive
-from jax_mps.ops.operands import FLOATS, INTEGERS
+from jax_mps.ops.operands import FLOAT8, FLOATS, INTEGERS, WIDE_INTEGERS
 
 Array = Any
 
@@ -94,7 +94,8 @@ def max_pool(
     Args:
       x: array of shape `(*batch, *spatial, channels)`, or `(*batch, channels, *spatial)` with
         `data_format="channels_first"`; 1 to 3 spatial axes, any number of batch axes. float32, float64,
-        float16, bfloat16, int8, int16, int32, uint8, uint16, uint32 or bool.
+        float16, bfloat16, a float of 8 bits, an integer of 8 to 64 bits, or bool. Integers of 64 bits have
+        no native kernel.
       window_shape: taps of a window along each spatial axis, in pixels. If this and `strides` and
         `window_dilation` are all plain ints, they apply to every spatial axis and `x` has exactly one
         batch axis; otherwise the length of a tuple is the number of spatial axes.
@@ -133,7 +134,8 @@ def max_pool(
     Source: `MPSCNNPoolingMax` and `MPSCNNDilatedPoolingMax` in MPSCNNPooling.h, with padding left out of
     the maximum as in PyTorch's `max_pool2d`.
     """
-    image = operands.array("x", x, FLOATS + INTEGERS)
+    given = operands.array("x", x, FLOATS + INTEGERS + WIDE_INTEGERS + FLOAT8)
+    image = operands.widened(given)
     placement = place(image.shape, window_shape, strides, padding, window_dilation, ceil_mode, data_format)
     window, start = placement.window, placement.start
     geometry.flag("return_indices", return_indices)
@@ -141,13 +143,15 @@ def max_pool(
     sizes = image.shape[start : start + window.rank]
     image = edges.crop(image, placement)
     if not return_indices:
-        return edges.trim(pool(image, window, start, implementation=implementation), placement)
+        y = edges.trim(pool(image, window, start, implementation=implementation), placement)
+        return lax.convert_element_type(y, given.dtype)
     if window.is_static() and math.prod(sizes) > 2**31 - 1:
         raise ValueError(f"return_indices=True needs spatial planes below 2**31 pixels, got {sizes}")
     params = {"window": window, "start": start, "implementation": implementation}
     y, tap_index = max_pool_with_tap_index_p.bind(image, **params)
     at = positions_p.bind(tap_index, window=window, start=start, crop=placement.crop, sizes=sizes)
-    return edges.trim(y, placement), edges.trim(at, placement)
+    y = lax.convert_element_type(edges.trim(y, placement), given.dtype)
+    return y, edges.trim(at, placement)
 
 
 def max_pool_gradient(
@@ -198,9 +202,10 @@ def max_pool_gradient(
 
     Source: `MPSCNNPoolingMaxGradient` and `MPSCNNDilatedPoolingMaxGradient`.
     """
-    x = operands.array("source", source, FLOATS)
-    g = operands.array("source_gradient", source_gradient, FLOATS)
+    x = operands.array("source", source, FLOATS + FLOAT8)
+    g = operands.array("source_gradient", source_gradient, FLOATS + FLOAT8)
     operands.check_same_dtype("source_gradient", g, "source", x)
+    dtype, x, g = x.dtype, operands.widened(x), operands.widened(g)
     placement = place(x.shape, window_shape, strides, padding, window_dilation, ceil_mode, data_format)
     window, start = placement.window, placement.start
     rule.check_implementation(implementation, static=window.is_static())
@@ -208,7 +213,7 @@ def max_pool_gradient(
     operands.check_shape("source_gradient", g, expected, "that of the pooled source")
     g = edges.untrim(g, placement)
     dx = gradient(g, edges.crop(x, placement), window, start, implementation=implementation)
-    return edges.uncrop(dx, placement)
+    return lax.convert_element_type(edges.uncrop(dx, placement), dtype)
 
 
 # --- on windows that are placed already ---------------------------------------------------------------
