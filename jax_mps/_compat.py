@@ -13,6 +13,7 @@ One code base serves JAX 0.4.34 to 0.12. What the older ones cannot do, whatever
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 import re
 import warnings
@@ -39,15 +40,22 @@ try:
 except ImportError:
     from jax.extend import ffi
 
+try:
+    from jax.experimental import jet as _jet
+except ImportError:  # experimental modules come and go
+    _jet = None  # type: ignore[assignment]
+
 __all__ = [
     "Primitive",
     "call_native",
+    "define_jet",
     "ffi_api_minor",
     "for_export",
     "is_symbolic",
     "lower_plainly",
     "max_dim",
     "min_dim",
+    "no_terms",
     "platforms",
     "register_target",
     "retyped",
@@ -173,6 +181,38 @@ def zero_tangent(x: Any) -> ad.Zero:
     """The tangent of something that does not depend on what is being differentiated."""
     aval = jax.typeof(x) if hasattr(jax, "typeof") else jax.core.get_aval(x)
     return ad.Zero(aval.to_tangent_aval())
+
+
+# --- Taylor series ------------------------------------------------------------------------------------
+
+jet: Any = _jet
+
+no_terms = getattr(jet, "zero_series", None)
+"""The terms of a result that does not depend on what is being differentiated."""
+
+# Before JAX 0.5 the terms that rules see are derivatives.
+_TERMS_ARE_DERIVATIVES = jet is not None and "factorial_scaled" not in inspect.signature(jet.jet).parameters
+
+
+def define_jet(primitive: Any, rule: Callable[..., tuple[Any, Any]]) -> None:
+    """Registers the rule of `jax.experimental.jet`.
+
+    Args:
+      primitive: what it is for.
+      rule: the function of (operands, terms of each operand, **params) that gives the result and its terms,
+        which are coefficients of Taylor series from the first order on.
+    """
+    if jet is None:
+        return
+
+    def of_derivatives(primals: Any, series: Any, **params: Any) -> tuple[Any, Any]:
+        series = [[t / math.factorial(k) for k, t in enumerate(terms, 1)] for terms in series]
+        out, terms = rule(primals, series, **params)
+        return out, terms if terms is no_terms else [t * math.factorial(k) for k, t in enumerate(terms, 1)]
+
+    # The one rule of several results is linear, whatever the terms are.
+    scaled = _TERMS_ARE_DERIVATIVES and not primitive.multiple_results
+    jet.jet_rules[primitive] = of_derivatives if scaled else rule
 
 
 # --- lowering -----------------------------------------------------------------------------------------

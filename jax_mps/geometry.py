@@ -50,6 +50,12 @@ The short names say how many spatial axes there are, too, which is checked; N is
 Edge = Literal["exclude", "zero", "clamp"]
 """What a tap outside the image reads: nothing; the value 0; the nearest pixel of the image."""
 
+LARGEST = 2**30
+"""No argument is beyond this: sums and products of two stay inside the integers of compilers and kernels."""
+
+MOST_PIXELS = 2**31 - 1
+"""Of an axis that a shape names, and taps of a window: they have numbers in int32."""
+
 
 class _Renamed:
     """Attributes under the names that they had before version 0.2, until 0.3."""
@@ -105,7 +111,7 @@ class Axis(_Renamed):
     def from_offset(cls, size: Dim, kernel: int, stride: int, dilation: int, offset: int, out: int) -> Axis:
         """The axis of an MPS kernel, whose first window is centred at the pixel `offset`."""
         extent = (kernel - 1) * dilation + 1
-        return cls(size, kernel, stride, dilation, extent // 2 - offset, out)
+        return cls(size, kernel, stride, dilation, extent // 2 - offset, out).simplified()
 
     @property
     def total_offset(self) -> Dim:
@@ -122,7 +128,19 @@ class Axis(_Renamed):
         `stride - 1` zeros between its pixels.
         """
         extent = (kernel - 1) * dilation + 1
-        return cls(size, kernel, stride, dilation, total - extent // 2 + extent - 1, length)
+        return cls(size, kernel, stride, dilation, total - extent // 2 + extent - 1, length).simplified()
+
+    def simplified(self) -> Axis:
+        """The same windows, without a dilation of one tap and without the long stride of one window.
+
+        Programs and tables grow with strides and dilations, so these must not be longer than they matter.
+        """
+        once = isinstance(self.windows, int) and self.windows == 1
+        return dataclasses.replace(
+            self,
+            stride=min(self.stride, self.extent) if once else self.stride,
+            dilation=self.dilation if self.taps > 1 else 1,
+        )
 
     def select(self, first: int, count: int) -> Axis:
         """Only the windows `first .. first + count - 1`."""
@@ -142,28 +160,39 @@ class Axis(_Renamed):
         taps = self._pixels_of_taps()
         return np.where((taps >= 0) & (taps < self.size), taps, -1)
 
-    def windows_without_tap(self) -> np.ndarray:
-        """The numbers of the windows all of whose taps lie in the padding."""
-        if not self.is_static() or not self.overlaps_padding():
-            return np.zeros(0, np.int64)
-        first = self.stride * np.arange(self.windows) - self.low
-        lowest = np.maximum(-(first // self.dilation), 0)
-        highest = np.minimum((self.size - 1 - first) // self.dilation, self.taps - 1)
-        return np.flatnonzero(lowest > highest)
-
     def _pixels_of_taps(self) -> np.ndarray:
         """Where every tap of every window lies: `(windows, taps)`."""
         first = self.stride * np.arange(self.windows) - self.low
         return first[:, None] + self.dilation * np.arange(self.taps)
 
+    def first_empty_window(self) -> int | None:
+        """The number of the first window all of whose taps lie in the padding, if there is one."""
+        if not self.is_static():
+            return None
+        if self.low >= self.extent:
+            return 0
+        # A window that begins before the image and ends behind its first pixel is empty if its taps step
+        # over the image. Where they do repeats with the dilation.
+        before = -(-max(self.low, 0) // self.stride)
+        period = self.dilation // math.gcd(self.stride, self.dilation)
+        first = self.stride * np.arange(min(before, self.windows, period)) - self.low
+        over = np.flatnonzero(first % self.dilation >= self.size)
+        if over.size:
+            return int(over[0])
+        behind = max(-(-(self.size + self.low) // self.stride), 0)
+        return behind if behind < self.windows else None
+
     def counted_taps(self, low: int, high: int) -> np.ndarray:
         """For every window, how many taps lie in the image or in a band of `low`, `high` pixels around it."""
-        taps = self._pixels_of_taps()
-        return np.count_nonzero((taps >= -low) & (taps < self.size + high), axis=1)
+        first = self.stride * np.arange(self.windows) - self.low
+        lowest = np.maximum(-((first + low) // self.dilation), 0)
+        highest = np.minimum((self.size + high - 1 - first) // self.dilation, self.taps - 1)
+        return np.maximum(highest - lowest + 1, 0)
 
     def pixels_read(self, edge: Edge) -> np.ndarray:
         """For every pixel of the image, whether a tap of some window reads it."""
-        taps = self._pixels_of_taps()
+        first = self.stride * np.arange(self.windows) - self.low
+        taps = first[:, None] + self.dilation * np.arange(self.taps)
         if edge == "clamp":
             taps = np.clip(taps, 0, self.size - 1)
         read = np.zeros(self.size, bool)
@@ -223,6 +252,7 @@ class Window(_Renamed):
 
 
 Band = tuple[tuple[Dim, Dim], ...]
+Margins = tuple[tuple[Dim, Dim], ...]
 
 
 class Divisor(NamedTuple):
@@ -238,12 +268,31 @@ class Divisor(NamedTuple):
 
 
 class Placement(NamedTuple):
-    """A pooling call in integers: its windows, where the spatial axes start, what is cropped first."""
+    """A pooling call in integers.
+
+    A symbolic size may turn out to be too small for any window. So that every program has one, such an image
+    is grown first, and what the windows beyond the true ones give is cut off last.
+
+    Attributes:
+      window: the windows, on the image that has been grown and cropped.
+      start: where the spatial axes start.
+      grow: pixels to be added to the image, before and after, along each axis; nothing with static sizes.
+      crop: pixels to be cut off then.
+      pads: the padding.
+      spare: windows to be cut off the result; none with static sizes.
+    """
 
     window: Window
     start: int
-    crop: tuple[tuple[Dim, Dim], ...]
-    pads: tuple[tuple[Dim, Dim], ...]
+    grow: Margins
+    crop: Margins
+    pads: Margins
+    spare: Margins
+
+    @property
+    def counts(self) -> tuple[Dim, ...]:
+        """Spatial shape of the result."""
+        return tuple(n - after for n, (_, after) in zip(self.window.counts, self.spare, strict=True))
 
 
 # --- from the arguments of a call to a placement ------------------------------------------------------
@@ -289,17 +338,35 @@ def _place(
     kernel = per_axis("window_shape", window_shape, rank)
     stride = per_axis("strides", strides, rank)
     dilation = per_axis("window_dilation", window_dilation, rank)
+    if math.prod(kernel) > MOST_PIXELS:
+        raise ValueError(f"window_shape must have fewer than 2**31 taps in all, got {kernel}")
     pads = _pads(padding, sizes, kernel, stride, dilation, ceil_mode)
 
-    axes, crop = [], []
+    axes, grow, crop, spare = [], [], [], []
     for i, (size, k, s, d, pad) in enumerate(zip(sizes, kernel, stride, dilation, pads, strict=True)):
-        axis = Axis(size, k, s, d, pad[0], _count_windows(i, size, k, s, d, pad, ceil_mode))
         cut = (at_least_zero(-pad[0]), at_least_zero(-pad[1]))
-        axis = axis.cropped(*cut)
+        count = _count_windows(i, size, k, s, d, pad, ceil_mode)
+        missing: Dim = 0
+        if not isinstance(size, int) and not (_surely_positive(count) and _surely_positive(size - sum(cut))):
+            overhang = s - 1 if ceil_mode else 0
+            least = (k - 1) * d + 1 - sum(pad) - overhang
+            missing = at_least_zero(max(least, sum(cut) + 1, 1 - pad[0]) - size)
+        windows = count if _is_zero(missing) else _count_windows(i, size + missing, k, s, d, pad, ceil_mode)
+        axis = Axis(size + missing, k, s, d, pad[0], windows).cropped(*cut).simplified()
         _check_every_window_has_a_tap(i, axis, size, pad)
         axes.append(axis)
+        grow.append((0, missing))
         crop.append(cut)
-    return Placement(Window(tuple(axes)), start, tuple(crop), pads)
+        spare.append((0, windows - at_least_zero(count)))
+    return Placement(Window(tuple(axes)), start, tuple(grow), tuple(crop), pads, tuple(spare))
+
+
+def _surely_positive(value: Dim) -> bool:
+    return surely_below(-value, 0)
+
+
+def _is_zero(dim: Dim) -> bool:
+    return isinstance(dim, int) and dim == 0
 
 
 def _count_windows(i: int, size: Dim, k: int, s: int, d: int, pad: tuple[Dim, Dim], ceil_mode: bool) -> Dim:
@@ -324,10 +391,10 @@ def _count_windows(i: int, size: Dim, k: int, s: int, d: int, pad: tuple[Dim, Di
 
 def _check_every_window_has_a_tap(i: int, axis: Axis, size: Dim, pad: tuple[Dim, Dim]) -> None:
     """Refuses padding so wide that all taps of some window lie in it; `size` is that before cropping."""
-    empty = axis.windows_without_tap()
-    if empty.size:
+    empty = axis.first_empty_window()
+    if empty is not None:
         raise ValueError(
-            f"padding={pad} of spatial axis {i} leaves window {empty[0]} without a valid tap "
+            f"padding={pad} of spatial axis {i} leaves window {empty} without a valid tap "
             f"(size {size}, window_shape {axis.taps}, strides {axis.stride}, "
             f"window_dilation {axis.dilation}): every window must read at least one pixel of the image"
         )
@@ -404,10 +471,22 @@ def static_sizes(shape: Sequence[Dim], start: int, rank: int) -> tuple[int, ...]
 
 
 class TransposedPlacement(NamedTuple):
-    """A transposed convolution in integers: its windows, and where the spatial axes start."""
+    """A transposed convolution in integers.
+
+    Attributes:
+      window: its windows.
+      start: where the spatial axes start.
+      spare: pixels to be cut off the result, see `Placement`.
+    """
 
     window: Window
     start: int
+    spare: Margins
+
+    @property
+    def sizes(self) -> tuple[Dim, ...]:
+        """Spatial shape of the result."""
+        return tuple(n - after for n, (_, after) in zip(self.window.sizes, self.spare, strict=True))
 
 
 def place_transposed(
@@ -465,11 +544,16 @@ def _place_transposed(
                 f"strides ({s}) and kernel_dilation ({d}), got {op}"
             )
     pads = transposed_pads(padding, kernel, stride, dilation)
-    axes = [
-        _transposed_axis(i, *each)
-        for i, each in enumerate(zip(lengths, kernel, stride, dilation, pads, more, strict=True))
-    ]
-    return TransposedPlacement(Window(tuple(axes)), start)
+    axes, spare = [], []
+    for i, each in enumerate(zip(lengths, kernel, stride, dilation, pads, more, strict=True)):
+        axis = _transposed_axis(i, *each)
+        missing = at_least_zero(1 - axis.size)
+        axes.append(dataclasses.replace(axis, size=axis.size + missing))
+        spare.append((0, axis.size + missing - at_least_zero(axis.size)))
+    _check_plane(
+        f"{strides=}, {padding=}, {output_padding=} and {kernel_dilation=}", [axis.size for axis in axes]
+    )
+    return TransposedPlacement(Window(tuple(axes)), start, tuple(spare))
 
 
 def _transposed_axis(i: int, n: Dim, k: int, s: int, d: int, pad: tuple[Dim, Dim], more: int) -> Axis:
@@ -483,7 +567,7 @@ def _transposed_axis(i: int, n: Dim, k: int, s: int, d: int, pad: tuple[Dim, Dim
             f"pixels that {n} windows of {extent} pixels reach with strides {s} and output_padding "
             f"{more}: the output size would be below 1"
         )
-    return Axis(size, k, s, d, low, n)
+    return Axis(size, k, s, d, low, n).simplified()
 
 
 _place_transposed_static = functools.lru_cache(maxsize=1024)(_place_transposed)
@@ -526,12 +610,15 @@ class ConvPlacement(NamedTuple):
         input dilation as its stride, that gives the results of stride 1.
       picked: the windows of one tap that pick the results of all strides from those.
       start: where the spatial axes start.
+      grow, spare: pixels to be added to the image, and to be cut off the result, see `Placement`.
     """
 
     ordinary: Window | None
     transposed: Window
     picked: Window
     start: int
+    grow: Margins
+    spare: Margins
 
 
 def place_conv(
@@ -578,15 +665,31 @@ def _place_conv(
     start, lengths = _pixels(shape, rank, data_format)
     sizes = tuple((n - 1) * e + 1 for n, e in zip(lengths, expansion, strict=True))
     pads = _pads(padding, sizes, kernel, stride, dilation, False)
-    axes = tuple(
-        _conv_axis(i, *each) for i, each in enumerate(zip(sizes, kernel, stride, dilation, pads, strict=True))
+    axes, grow, spare = [], [], []
+    for i, (n, e, *each) in enumerate(
+        zip(lengths, expansion, sizes, kernel, stride, dilation, pads, strict=True)
+    ):
+        axis = _conv_axis(i, *each)
+        missing, windows = 0, at_least_zero(axis.windows)
+        if not _surely_positive(axis.windows):
+            least = max(axis.extent - sum(pads[i]), 1)
+            missing = at_least_zero(-(-(least - 1) // e) + 1 - n)
+            axis = _conv_axis(i, axis.size + missing * e, *each[1:])
+        axes.append(axis)
+        grow.append((0, missing))
+        spare.append((0, axis.windows - windows))
+    lengths = tuple(n + after for n, (_, after) in zip(lengths, grow, strict=True))
+    _check_plane(
+        f"{strides=}, {padding=}, {input_dilation=} and {kernel_dilation=}", [_reach(axis) for axis in axes]
     )
     columns = list(zip(axes, lengths, expansion, strict=True))
     return ConvPlacement(
-        Window(axes) if all(e == 1 for e in expansion) else None,
+        Window(tuple(axes)) if all(e == 1 for e in expansion) else None,
         Window(tuple(_backwards(axis, n, e) for axis, n, e in columns)),
-        Window(tuple(Axis(_reach(axis), 1, axis.stride, 1, 0, axis.windows) for axis in axes)),
+        Window(tuple(Axis(_reach(axis), 1, axis.stride, 1, 0, axis.windows).simplified() for axis in axes)),
         start,
+        tuple(grow),
+        tuple(spare),
     )
 
 
@@ -601,7 +704,7 @@ def _conv_axis(i: int, size: Dim, k: int, s: int, d: int, pad: tuple[Dim, Dim]) 
             f"{size + low + high} of spatial axis {i} (size {size}, padding {pad}): "
             "the output size would be below 1"
         )
-    return Axis(size, k, s, d, low, count)
+    return Axis(size, k, s, d, low, count).simplified()
 
 
 def _reach(axis: Axis) -> Dim:
@@ -615,7 +718,15 @@ def _backwards(axis: Axis, length: Dim, expansion: int) -> Axis:
     Pixel a feeds the result `expansion * a + low - dilation * k` with tap k, counted from the last tap here.
     """
     low = axis.extent - 1 - axis.low
-    return Axis(_reach(axis), axis.taps, expansion, axis.dilation, low, length)
+    return Axis(_reach(axis), axis.taps, expansion, axis.dilation, low, length).simplified()
+
+
+def _check_plane(arguments: str, sizes: Sequence[Dim]) -> None:
+    """Refuses planes whose pixels nobody could hold, before compilers count them."""
+    if all(isinstance(n, int) for n in sizes) and (max(sizes) > MOST_PIXELS or math.prod(sizes) > 2**40):
+        raise ValueError(
+            f"{arguments} make a plane of {sizes} pixels: an axis has fewer than 2**31, a plane at most 2**40"
+        )
 
 
 _place_conv_static = functools.lru_cache(maxsize=1024)(_place_conv)
@@ -759,14 +870,17 @@ def _pads(
 # --- checking single values ---------------------------------------------------------------------------
 
 
-def integer(name: str, value: Any) -> int:
-    """`value` as an int; a `TypeError` that names the argument for anything that is not a static one."""
-    if not isinstance(value, bool | np.bool_):
-        try:
-            return operator.index(value)
-        except TypeError:
-            pass
-    raise TypeError(f"{name} must be an int known at trace time, got {_describe(value)}")
+def integer(name: str, value: Any, *, largest: int = LARGEST) -> int:
+    """`value` as an int, from `-largest` to `largest`; else an error that names the argument."""
+    if isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name} must be an int known at trace time, got {_describe(value)}")
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an int known at trace time, got {_describe(value)}") from None
+    if abs(number) > largest:
+        raise ValueError(f"{name} must be an int from {-largest} to {largest}, got {number}")
+    return number
 
 
 def flag(name: str, value: Any) -> None:
@@ -779,7 +893,7 @@ def shape(name: str, value: Any) -> tuple[Dim, ...]:
     """`value` as the shape of an array: ints of at least 0, or symbolic dimensions."""
     if isinstance(value, str) or not isinstance(value, Iterable):
         raise TypeError(f"{name} must be a sequence of ints, got {_describe(value)}")
-    dims = tuple(d if _compat.is_symbolic(d) else integer(name, d) for d in value)
+    dims = tuple(d if _compat.is_symbolic(d) else integer(name, d, largest=MOST_PIXELS) for d in value)
     if any(surely_below(d, 0) for d in dims):
         raise ValueError(f"{name} must not have negative entries, got {dims}")
     return dims

@@ -92,7 +92,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _function(options: argparse.Namespace) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """The operation as a function of arrays, and their types."""
-    rank, shape = len(options.window), options.shape
+    rank, shape = len(options.window), geometry.shape("--shape", options.shape)
     image = jax.ShapeDtypeStruct(shape, jnp.dtype(options.dtype))
     call: dict[str, Any] = {"strides": _each(options.strides, rank), "padding": options.padding}
     dilation = _each(options.dilation, rank)
@@ -109,7 +109,8 @@ def _function(options: argparse.Namespace) -> tuple[Callable[..., Any], tuple[An
         f = functools.partial(jax_mps.max_unpool, output_shape=target, data_format=options.data_format)
         return f, (image, jax.ShapeDtypeStruct(shape, jnp.int32))
     channels = shape[-1] if last else shape[-rank - 1]
-    window = (*options.window, channels // max(options.groups, 1), options.features or channels)
+    features = geometry.integer("--features", channels if options.features is None else options.features)
+    window = (*options.window, channels // max(options.groups, 1), features)
     call |= {"kernel_dilation": dilation, "groups": options.groups, "data_format": options.data_format}
     kernel = jax.ShapeDtypeStruct(window, image.dtype)
     if options.operation == "conv":

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -82,8 +82,10 @@ def add_up(terms: Iterable[Array], at_once: int) -> Array:
     if len(sums) == 1:
         return sums[0]
     shape, dtype = sums[0].shape, sums[0].dtype
+    wide = np.promote_types(dtype, np.float32)
     rows = lax.concatenate([lax.reshape(a, (1, math.prod(shape))) for a in sums], 0)
-    return lax.reshape(lax.reduce(rows, np.zeros((), dtype), lax.add, (0,)), shape)
+    total = lax.reduce(lax.convert_element_type(rows, wide), np.zeros((), wide), lax.add, (0,))
+    return lax.reshape(lax.convert_element_type(total, dtype), shape)
 
 
 def concatenate(arrays: list[Array], dim: int) -> Array:
@@ -95,7 +97,12 @@ def disjoint(axis: Axis) -> bool:
     return axis.dilation == 1 and axis.stride >= axis.taps
 
 
-def neighbours(axis: Axis) -> list[tuple[int, tuple[int, ...]]]:
+def blocks_reached(axis: Axis) -> np.ndarray:
+    """The blocks of `stride` pixels that the taps of a window fall on, counted from its first."""
+    return np.unique(np.arange(axis.taps) * axis.dilation // axis.stride)
+
+
+def neighbours(axis: Axis) -> list[tuple[int, np.ndarray]]:
     """Which windows reach a pixel.
 
     Cut the padded axis into blocks of `stride` pixels, so that pixel r of block q is number
@@ -103,14 +110,20 @@ def neighbours(axis: Axis) -> list[tuple[int, tuple[int, ...]]]:
     is tap `taps[r]` of window q - j, or none of its taps where `taps[r]` is -1.
     """
     found = []
-    for j in range((axis.extent - 1) // axis.stride + 1):
-        distances = range(j * axis.stride, (j + 1) * axis.stride)
-        taps = tuple(
-            m // axis.dilation if m % axis.dilation == 0 and m < axis.extent else -1 for m in distances
-        )
-        if max(taps) >= 0:
-            found.append((j, taps))
+    for j in blocks_reached(axis).tolist():
+        distance = np.arange(j * axis.stride, (j + 1) * axis.stride)
+        hit = (distance % axis.dilation == 0) & (distance < axis.extent)
+        found.append((j, np.where(hit, distance // axis.dilation, -1).astype(np.int32)))
     return found
+
+
+def spread(parts: Mapping[int, Array], count: int, dim: int) -> Array:
+    """Arrays of length 1 at those places of an axis of `count`, and zeros at all others."""
+    pieces, filled = [], 0
+    for place, part in sorted(parts.items()):
+        pieces.append(resize(part, dim, place - filled, 0, 0))
+        filled = place + 1
+    return resize(concatenate(pieces, dim), dim, 0, count - filled, 0)
 
 
 def nth_before(g: Array, axis: Axis, dim: int, j: int, fill: Any) -> Array:

@@ -121,4 +121,7 @@ def obstacle(ctx: Any) -> str:
         return "arrays sharded over several devices need StableHLO, which XLA can partition"
     if any(_compat.is_symbolic(d) for aval in ctx.avals_in for d in aval.shape):
         return "shapes are symbolic"
+    for aval in (*ctx.avals_in, *ctx.avals_out):
+        if aval.dtype.kind in "iu" and aval.dtype.itemsize == 8:
+            return f"dtype {aval.dtype.name} has no native kernel"
     return library.status().reason

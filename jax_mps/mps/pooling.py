@@ -30,7 +30,7 @@ def max_edge(window: Window, mode: MPSImageEdgeMode) -> Edge:
     if mode != CLAMP:
         return "zero"
     # A window without gaps that touches the image has each repeated pixel among its own already.
-    same = all(a.dilation == 1 and not a.windows_without_tap().size for a in window.axes)
+    same = all(a.dilation == 1 and a.first_empty_window() is None for a in window.axes)
     return "exclude" if same else "clamp"
 
 
@@ -40,7 +40,7 @@ def l2_edge(window: Window, mode: MPSImageEdgeMode) -> Edge:
         return "exclude"
     if mode == CLAMP:
         return "clamp"
-    return "zero" if any(a.windows_without_tap().size for a in window.axes) else "exclude"
+    return "zero" if any(a.first_empty_window() is not None for a in window.axes) else "exclude"
 
 
 def average_divisor(window: Window, mode: MPSImageEdgeMode, pad_y: int, pad_x: int) -> Divisor:

@@ -26,6 +26,7 @@ Array = Any
 # --- public functions ---------------------------------------------------------------------------------
 
 
+@operands.by_parts(1)
 def avg_pool(
     x: ArrayLike,
     window_shape: Ints,
@@ -53,7 +54,7 @@ def avg_pool(
     Args:
       x: array of shape `(*batch, *spatial, channels)`, or `(*batch, channels, *spatial)` with
         `data_format="channels_first"`; 1 to 3 spatial axes, any number of batch axes. float32, float64,
-        float16 or bfloat16.
+        float16, bfloat16, complex64 or complex128.
       window_shape: taps of a window along each spatial axis; ints and tuples as for `max_pool`.
       strides: pixels from one window to the next. Libraries disagree about a default, so there is none.
       padding: "VALID", "SAME", "SAME_LOWER", an int, or a `(low, high)` pair for each spatial axis;
@@ -95,9 +96,11 @@ def avg_pool(
     number = geometry.divisor(
         placement, count_include_pad=count_include_pad, ceil_mode=ceil_mode, override=divisor_override
     )
-    return pool(edges.crop(image, placement), window, start, number, implementation=implementation)
+    y = pool(edges.crop(image, placement), window, start, number, implementation=implementation)
+    return edges.trim(y, placement)
 
 
+@operands.by_parts(1)
 def avg_pool_gradient(
     source_gradient: ArrayLike,
     source_shape: Sequence[int],
@@ -119,7 +122,7 @@ def avg_pool_gradient(
     This is the transpose of `avg_pool`, and needs the shape of the image but not its values.
 
     Args:
-      source_gradient: gradient of the pooled array; float32, float64, float16 or bfloat16.
+      source_gradient: gradient of the pooled array, of a dtype that `avg_pool` takes.
       source_shape: shape of the image that was pooled, batch and channels included.
       window_shape: as for `avg_pool`, and so are the arguments that follow.
       strides: pixels from one window to the next.
@@ -154,11 +157,12 @@ def avg_pool_gradient(
     placement = place(shape, window_shape, strides, padding, window_dilation, ceil_mode, data_format)
     window, start = placement.window, placement.start
     rule.check_implementation(implementation, static=window.is_static())
-    expected = operands.pooled_shape(shape, window, start)
+    expected = operands.pooled_shape(shape, placement)
     operands.check_shape("source_gradient", g, expected, "that of a pooled array of source_shape")
     number = geometry.divisor(
         placement, count_include_pad=count_include_pad, ceil_mode=ceil_mode, override=divisor_override
     )
+    g = edges.untrim(g, placement)
     return edges.uncrop(gradient(g, window, start, number, implementation=implementation), placement)
 
 

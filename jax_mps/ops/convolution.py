@@ -30,7 +30,7 @@ from jax_mps import _compat, geometry
 from jax_mps.geometry import DataFormat, Ints, Padding, Window
 from jax_mps.lowering import conv_transpose as lowered
 from jax_mps.lowering import rule
-from jax_mps.ops import operands, primitive
+from jax_mps.ops import edges, operands, primitive
 from jax_mps.ops.operands import FLOATS
 
 Array = Any
@@ -40,6 +40,7 @@ Precision = Any
 # --- public functions ---------------------------------------------------------------------------------
 
 
+@operands.by_parts(2, added="bias")
 def conv(
     x: ArrayLike,
     kernel: ArrayLike,
@@ -70,7 +71,7 @@ def conv(
     Args:
       x: array of shape `(*batch, *spatial, in)`, or `(*batch, in, *spatial)` with
         `data_format="channels_first"`; 1 to 3 spatial axes, any number of batch axes. float32, float64,
-        float16 or bfloat16.
+        float16, bfloat16, complex64 or complex128.
       kernel: array of shape `(*window, in / groups, out)` and of the dtype of `x`; its shape says how many
         spatial axes there are. A weight of PyTorch is one after `jnp.moveaxis(weight, (0, 1), (-1, -2))`.
       strides: pixels of `x` from one pixel of `y` to the next; an int, or one for each spatial axis.
@@ -86,8 +87,8 @@ def conv(
       data_format: "channels_last" or "channels_first"; "NHWC", "NCHW" and their like also check the axes.
       precision: what `jax.lax` calls precision, for matrix units that can multiply with less than float32.
         Native kernels always have all of it.
-      preferred_element_type: the dtype of the result, a float at least as wide as that of `x`, which is the
-        default.
+      preferred_element_type: the dtype of the result, of the kind of `x` and at least as wide, which is
+        the default.
       implementation: None chooses; "native" or "xla" forces a path.
 
     Returns:
@@ -116,30 +117,41 @@ def conv(
     """
     image = operands.array("x", x, FLOATS)
     weights = operands.array("kernel", kernel, FLOATS)
-    ordinary, transposed, picked, start = geometry.place_conv(
+    placement = geometry.place_conv(
         image.shape, _taps("kernel", weights.shape), strides, padding, input_dilation, kernel_dilation,
         data_format,
     )  # fmt: skip
-    params = _params(image.shape, transposed, start, groups, False, data_format, precision, implementation)
+    params = _params(
+        image.shape, placement.transposed, placement.start, groups, False, data_format, precision,
+        implementation,
+    )  # fmt: skip
     outputs = _check_channels("x", image.shape, "kernel", weights.shape, params)
     operands.check_same_dtype("kernel", weights, "x", image)
 
     def convolve(x: Array, kernel: Array, out_dtype: Any) -> Array:
         call = params | {"out_dtype": out_dtype}
-        if ordinary is not None:
-            return gradient_data(x, kernel, **call | {"window": ordinary, "transpose_kernel": True})
-        y = forward(x, kernel, **call)
-        if picked.sizes == picked.counts:
-            return y
-        one = lax.full((1,) * picked.rank + (1, outputs), 1, y.dtype)
-        pick = {"window": picked, "groups": max(outputs, 1), "transpose_kernel": True}
-        return gradient_data(y, one, **call | pick)
+        return edges.trim(_ordinary(edges.grow(x, placement), kernel, outputs, placement, call), placement)
 
     out_dtype = _preferred(preferred_element_type, image.dtype)
-    channel = _channel(transposed, start, params["channels_last"])
+    channel = _channel(placement.transposed, placement.start, params["channels_last"])
     return _add_bias(convolve, image, weights, bias, out_dtype, outputs, channel)
 
 
+def _ordinary(
+    x: Array, kernel: Array, outputs: int, placement: geometry.ConvPlacement, params: dict[str, Any]
+) -> Array:
+    """The ordinary convolution with the windows of `placement`."""
+    if placement.ordinary is not None:
+        return gradient_data(x, kernel, **params | {"window": placement.ordinary, "transpose_kernel": True})
+    y, picked = forward(x, kernel, **params), placement.picked
+    if picked.sizes == picked.counts:
+        return y
+    one = lax.full((1,) * picked.rank + (1, outputs), 1, y.dtype)
+    pick = {"window": picked, "groups": max(outputs, 1), "transpose_kernel": True}
+    return gradient_data(y, one, **params | pick)
+
+
+@operands.by_parts(2, added="bias")
 def conv_transpose(
     x: ArrayLike,
     kernel: ArrayLike,
@@ -173,7 +185,7 @@ def conv_transpose(
     Args:
       x: array of shape `(*batch, *spatial, in)`, or `(*batch, in, *spatial)` with
         `data_format="channels_first"`; 1 to 3 spatial axes, any number of batch axes. float32, float64,
-        float16 or bfloat16.
+        float16, bfloat16, complex64 or complex128.
       kernel: array of the dtype of `x`; its shape says how many spatial axes there are.
         `(*window, in / groups, out)` with `transpose_kernel=False`, used as it is (MPS, Flax);
         `(*window, out / groups, in)` with `transpose_kernel=True`: the kernel of the ordinary convolution
@@ -194,8 +206,8 @@ def conv_transpose(
       data_format: "channels_last" or "channels_first"; "NHWC", "NCHW" and their like also check the axes.
       precision: what `jax.lax` calls precision, for matrix units that can multiply with less than float32.
         Native kernels always have all of it.
-      preferred_element_type: the dtype of the result, a float at least as wide as that of `x`, which is the
-        default.
+      preferred_element_type: the dtype of the result, of the kind of `x` and at least as wide, which is
+        the default.
       implementation: None chooses; "native" or "xla" forces a path.
 
     Returns:
@@ -238,13 +250,14 @@ def conv_transpose(
     operands.check_same_dtype("kernel", weights, "x", image)
 
     def convolve(x: Array, kernel: Array, out_dtype: Any) -> Array:
-        return forward(x, kernel, out_dtype=out_dtype, **call.params)
+        return edges.trim(forward(x, kernel, out_dtype=out_dtype, **call.params), call.placement)
 
     channel = _channel(call.params["window"], call.params["start"], call.params["channels_last"])
     out_dtype = _preferred(preferred_element_type, image.dtype)
     return _add_bias(convolve, image, weights, bias, out_dtype, call.result_shape[channel], channel)
 
 
+@operands.by_parts(2)
 def conv_transpose_gradient_data(
     source_gradient: ArrayLike,
     kernel: ArrayLike,
@@ -308,9 +321,11 @@ def conv_transpose_gradient_data(
     )  # fmt: skip
     operands.check_shape("source_gradient", g, call.result_shape, "that of the result of conv_transpose")
     operands.check_same_dtype("kernel", weights, "source_gradient", g)
+    g = edges.untrim(g, call.placement)
     return gradient_data(g, weights, out_dtype=_preferred(preferred_element_type, g.dtype), **call.params)
 
 
+@operands.by_parts(2)
 def conv_transpose_gradient_weights(
     source_gradient: ArrayLike,
     source: ArrayLike,
@@ -376,10 +391,12 @@ def conv_transpose_gradient_weights(
     )  # fmt: skip
     operands.check_shape("source_gradient", g, call.result_shape, "that of the result of conv_transpose")
     operands.check_same_dtype("source", x, "source_gradient", g)
+    g = edges.untrim(g, call.placement)
     return gradient_weights(g, x, out_dtype=_preferred(preferred_element_type, g.dtype), **call.params)
 
 
 class _Call(NamedTuple):
+    placement: geometry.TransposedPlacement
     params: dict[str, Any]
     result_shape: tuple[Any, ...]
 
@@ -402,17 +419,18 @@ def _place(
 ) -> _Call:
     """Checks the arguments that the transposed functions share; `source` and `kernel` name the shapes."""
     geometry.flag("transpose_kernel", transpose_kernel)
-    window, start = geometry.place_transposed(
+    placement = geometry.place_transposed(
         shape, _taps(kernel, kernel_shape), strides, padding, output_padding, kernel_dilation, data_format
     )
+    window, start = placement.window, placement.start
     params = _params(
         shape, window, start, groups, bool(transpose_kernel), data_format, precision, implementation
     )
     outputs = _check_channels(source, shape, kernel, kernel_shape, params, f" with {transpose_kernel=}")
     result = list(shape)
-    result[start : start + window.rank] = window.sizes
+    result[start : start + window.rank] = placement.sizes
     result[_channel(window, start, params["channels_last"])] = outputs
-    return _Call(params, tuple(result))
+    return _Call(placement, params, tuple(result))
 
 
 def _taps(kernel: str, kernel_shape: Sequence[Any]) -> tuple[int, ...]:
@@ -700,6 +718,8 @@ class _Channels(NamedTuple):
 def _batch(roles: _Roles) -> Callable[..., tuple[Array, int]]:
     def batch(prim: Any, arrays: Sequence[Array], dims: Sequence[Any], **params: Any) -> tuple[Array, int]:
         mapped = [i for i, d in enumerate(dims) if d is not None]
+        if arrays[mapped[0]].shape[dims[mapped[0]]] == 0:
+            return _of_no_examples(prim, arrays, dims, params), 0
         if len(mapped) == 2:
             return _batch_into_groups(prim, arrays, dims, roles, params)
         (i,) = mapped
@@ -707,6 +727,16 @@ def _batch(roles: _Roles) -> Callable[..., tuple[Array, int]]:
         return case(prim, list(arrays), i, dims[i], roles, params)
 
     return batch
+
+
+def _of_no_examples(prim: Any, arrays: Sequence[Array], dims: Sequence[Any], params: dict[str, Any]) -> Array:
+    """The result for a mapped axis of length 0, which no group and no channel could be made of."""
+    shapes = [
+        a.shape if d is None else (*a.shape[:d], *a.shape[d + 1 :]) for a, d in zip(arrays, dims, strict=True)
+    ]
+    one = [jax.ShapeDtypeStruct(shape, a.dtype) for shape, a in zip(shapes, arrays, strict=True)]
+    like = jax.eval_shape(lambda *operands: prim.bind(*operands, **params), *one)
+    return lax.full((0, *like.shape), 0, like.dtype)
 
 
 def _batch_into_groups(

@@ -11,21 +11,45 @@ import numpy as np
 from jax import lax
 
 from jax_mps import _compat
-from jax_mps.geometry import Dim, Edge, Placement, Window, surely_below
+from jax_mps.geometry import (
+    ConvPlacement,
+    Dim,
+    Edge,
+    Placement,
+    TransposedPlacement,
+    Window,
+    surely_below,
+)
 from jax_mps.lowering.rule import Platform
 from jax_mps.ops import primitive
 
 Array = Any
+_Trimmed = Placement | ConvPlacement | TransposedPlacement
 
 
 def crop(x: Array, placement: Placement) -> Array:
-    """Cuts off what negative padding takes away."""
-    return _cut(x, placement.start, placement.crop)
+    """Adds pixels that a symbolic size may lack, then cuts off what negative padding takes away."""
+    return _cut(grow(x, placement), placement.start, placement.crop)
 
 
 def uncrop(x: Array, placement: Placement) -> Array:
     """The transpose of `crop`: zeros where pixels were cut off."""
-    return _grow(x, placement.start, placement.crop)
+    return _cut(_grow(x, placement.start, placement.crop), placement.start, placement.grow)
+
+
+def grow(x: Array, placement: Placement | ConvPlacement) -> Array:
+    """Adds the pixels that an image of symbolic size may lack for one window."""
+    return _grow(x, placement.start, placement.grow)
+
+
+def trim(y: Array, placement: _Trimmed) -> Array:
+    """Cuts off a result what the pixels that `grow` adds, or those of windows there, have brought."""
+    return _cut(y, placement.start, placement.spare)
+
+
+def untrim(g: Array, placement: _Trimmed) -> Array:
+    """The transpose of `trim`."""
+    return _grow(g, placement.start, placement.spare)
 
 
 # The transpose of JAX's own `slice` is a `pad`, whose transpose is a `pad` by a negative width, which Apple's
@@ -47,6 +71,9 @@ def _with_margins(name: str, sign: int, xla_fun: Callable[..., Array]) -> Any:
 
 
 def _sliced(x: Array, *, margins: _Margins, platform: Platform) -> Array:
+    if not all(isinstance(n, int) for pair in margins for n in pair):
+        # A slice would have to know that it ends inside the array.
+        return lax.pad(x, np.zeros((), x.dtype), [(-before, -after, 0) for before, after in margins])
     limits = [n - after for n, (_, after) in zip(x.shape, margins, strict=True)]
     return lax.slice(x, [before for before, _ in margins], limits)
 

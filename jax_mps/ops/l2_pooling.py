@@ -88,7 +88,8 @@ def l2_pool(
     placement = place(image.shape, window_shape, strides, padding, window_dilation, ceil_mode, data_format)
     window, start = placement.window, placement.start
     rule.check_implementation(implementation, static=window.is_static())
-    return pool(edges.crop(image, placement), window, start, implementation=implementation)
+    y = pool(edges.crop(image, placement), window, start, implementation=implementation)
+    return edges.trim(y, placement)
 
 
 def l2_pool_gradient(
@@ -143,8 +144,9 @@ def l2_pool_gradient(
     placement = place(x.shape, window_shape, strides, padding, window_dilation, ceil_mode, data_format)
     window, start = placement.window, placement.start
     rule.check_implementation(implementation, static=window.is_static())
-    expected = operands.pooled_shape(x.shape, window, start)
+    expected = operands.pooled_shape(x.shape, placement)
     operands.check_shape("source_gradient", g, expected, "that of the pooled source")
+    g = edges.untrim(g, placement)
     dx = gradient(g, edges.crop(x, placement), window, start, implementation=implementation)
     return edges.uncrop(dx, placement)
 
@@ -260,3 +262,50 @@ primitive.define_multilinear(
     },
     others={2: lambda dy, out, g, x, y, **params: _gradient(_per_norm(g, dy, y), x, y, **params)},
 )
+
+# --- Taylor series ------------------------------------------------------------------------------------
+#
+# Terms are coefficients, from that of order 0 on. They follow from y * y = sum of x * x, and from
+# y * tangent = sum of t * x. `tangent` and `gradient` of the constant norm are bilinear.
+
+
+def _over_norm(a: Sequence[Array], y: Sequence[Array]) -> list[Array]:
+    """The terms of `a * y[0] / y`, where a division by `y[0]` is still to come."""
+    terms: list[Array] = []
+    for k, term in enumerate(a):
+        for j in range(k):
+            term = term + _per_norm(terms[j], y[k - j], y[0])
+        terms.append(term)
+    return terms
+
+
+def _l2_jet(primals: Any, series: Any, *, out_dtype: Any, **params: Any) -> tuple[Array, list[Array]]:
+    x, wide = [primals[0], *series[0]], rule.accumulator(primals[0].dtype)
+    y = [l2_pool_p.bind(x[0], out_dtype=wide, **params)]
+    squares = primitive.product_terms(lambda a, b: _tangent(a, b, y[0], out_dtype=wide, **params), x, x)
+    for k in range(1, len(x)):
+        term = squares[k]
+        for j in range(1, k):
+            term = term + _per_norm(y[j], y[k - j], y[0])
+        y.append(term / 2)
+    out, *terms = (lax.convert_element_type(term, out_dtype) for term in y)
+    return out, terms
+
+
+def _tangent_jet(primals: Any, series: Any, **params: Any) -> tuple[Array, list[Array]]:
+    t, x, y = ([primal, *terms] for primal, terms in zip(primals, series, strict=True))
+    sums = primitive.product_terms(lambda a, b: _tangent(a, b, y[0], **params), t, x)
+    out, *terms = _over_norm(sums, y)
+    return out, terms
+
+
+def _gradient_jet(primals: Any, series: Any, **params: Any) -> tuple[Array, list[Array]]:
+    g, x, y = ([primal, *terms] for primal, terms in zip(primals, series, strict=True))
+    quotients = _over_norm(g, y)
+    out, *terms = primitive.product_terms(lambda a, b: _gradient(a, b, y[0], **params), quotients, x)
+    return out, terms
+
+
+_compat.define_jet(l2_pool_p, _l2_jet)
+_compat.define_jet(l2_pool_tangent_p, _tangent_jet)
+_compat.define_jet(l2_pool_gradient_p, _gradient_jet)

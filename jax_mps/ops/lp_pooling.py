@@ -115,11 +115,13 @@ def lp_pool(
     rule.check_implementation(implementation, static=window.is_static())
     image = edges.crop(image, placement)
     if p == 1:
-        return avg_pooling.pool(
+        sums = avg_pooling.pool(
             _absolute(image), window, start, Divisor(1, ()), implementation=implementation
         )
+        return edges.trim(sums, placement)
     if p == math.inf:
-        return max_pooling.pool(_absolute(image), window, start, implementation=implementation)
+        largest = max_pooling.pool(_absolute(image), window, start, implementation=implementation)
+        return edges.trim(largest, placement)
     geometry.static_sizes(image.shape, start, window.rank)
     tiles = tiling.tile(tiling.widened(image), start, [axis.pixels_or_nothing() for axis in window.axes])
     y = _norm(tiles, p, tiling.window_of_tiles(window.counts, window.shape), start, implementation)

@@ -34,7 +34,7 @@ from jax_mps.geometry import (
 )
 from jax_mps.lowering import pooling, rule
 from jax_mps.ops import edges, operands, primitive
-from jax_mps.ops.operands import FLOATS, INTEGERS
+from jax_mps.ops.operands import FLOAT8, FLOATS, INTEGERS, WIDE_INTEGERS
 
 Array = Any
 
@@ -94,7 +94,8 @@ def max_pool(
     Args:
       x: array of shape `(*batch, *spatial, channels)`, or `(*batch, channels, *spatial)` with
         `data_format="channels_first"`; 1 to 3 spatial axes, any number of batch axes. float32, float64,
-        float16, bfloat16, int8, int16, int32, uint8, uint16, uint32 or bool.
+        float16, bfloat16, a float of 8 bits, an integer of 8 to 64 bits, or bool. Integers of 64 bits have
+        no native kernel.
       window_shape: taps of a window along each spatial axis, in pixels. If this and `strides` and
         `window_dilation` are all plain ints, they apply to every spatial axis and `x` has exactly one
         batch axis; otherwise the length of a tuple is the number of spatial axes.
@@ -134,7 +135,8 @@ def max_pool(
     Source: `MPSCNNPoolingMax` and `MPSCNNDilatedPoolingMax` in MPSCNNPooling.h, with padding left out of
     the maximum as in PyTorch's `max_pool2d`.
     """
-    image = operands.array("x", x, FLOATS + INTEGERS)
+    given = operands.array("x", x, FLOATS + INTEGERS + WIDE_INTEGERS + FLOAT8)
+    image = operands.widened(given)
     placement = place(image.shape, window_shape, strides, padding, window_dilation, ceil_mode, data_format)
     window, start = placement.window, placement.start
     geometry.flag("return_indices", return_indices)
@@ -142,12 +144,15 @@ def max_pool(
     sizes = image.shape[start : start + window.rank]
     image = edges.crop(image, placement)
     if not return_indices:
-        return pool(image, window, start, implementation=implementation)
+        y = edges.trim(pool(image, window, start, implementation=implementation), placement)
+        return lax.convert_element_type(y, given.dtype)
     if window.is_static() and math.prod(sizes) > 2**31 - 1:
         raise ValueError(f"return_indices=True needs spatial planes below 2**31 pixels, got {sizes}")
     params = {"window": window, "start": start, "implementation": implementation}
     y, tap_index = max_pool_with_tap_index_p.bind(image, **params)
-    return y, positions_p.bind(tap_index, window=window, start=start, crop=placement.crop, sizes=sizes)
+    at = positions_p.bind(tap_index, window=window, start=start, crop=placement.crop, sizes=sizes)
+    y = lax.convert_element_type(edges.trim(y, placement), given.dtype)
+    return y, edges.trim(at, placement)
 
 
 def max_pool_gradient(
@@ -198,16 +203,18 @@ def max_pool_gradient(
 
     Source: `MPSCNNPoolingMaxGradient` and `MPSCNNDilatedPoolingMaxGradient`.
     """
-    x = operands.array("source", source, FLOATS)
-    g = operands.array("source_gradient", source_gradient, FLOATS)
+    x = operands.array("source", source, FLOATS + FLOAT8)
+    g = operands.array("source_gradient", source_gradient, FLOATS + FLOAT8)
     operands.check_same_dtype("source_gradient", g, "source", x)
+    dtype, x, g = x.dtype, operands.widened(x), operands.widened(g)
     placement = place(x.shape, window_shape, strides, padding, window_dilation, ceil_mode, data_format)
     window, start = placement.window, placement.start
     rule.check_implementation(implementation, static=window.is_static())
-    expected = operands.pooled_shape(x.shape, window, start)
+    expected = operands.pooled_shape(x.shape, placement)
     operands.check_shape("source_gradient", g, expected, "that of the pooled source")
+    g = edges.untrim(g, placement)
     dx = gradient(g, edges.crop(x, placement), window, start, implementation=implementation)
-    return edges.uncrop(dx, placement)
+    return lax.convert_element_type(edges.uncrop(dx, placement), dtype)
 
 
 # --- on windows that are placed already ---------------------------------------------------------------
@@ -347,6 +354,24 @@ def _integer_jvp(prim: Any) -> Any:
     return jvp
 
 
+def _max_jet(primals: Sequence[Array], series: Any, **params: Any) -> tuple[Array, Any]:
+    (y, _), (terms, _) = _with_index_jet(primals, series, **params)
+    return y, terms
+
+
+def _with_index_jet(primals: Sequence[Array], series: Any, **params: Any) -> tuple[Any, Any]:
+    y, tap_index = max_pool_with_tap_index_p.bind(*primals, **params)
+    return [y, tap_index], [[_take(t, tap_index, **params) for t in series[0]], _compat.no_terms]
+
+
+def _integer_jet(prim: Any) -> Any:
+    return lambda primals, series, **params: (prim.bind(*primals, **params), _compat.no_terms)
+
+
+_compat.define_jet(max_pool_p, _max_jet)
+_compat.define_jet(max_pool_with_tap_index_p, _with_index_jet)
+for _prim in (max_pool_selected_tap_index_p, max_pool_tap_index_p, positions_p):
+    _compat.define_jet(_prim, _integer_jet(_prim))
 ad.primitive_jvps[max_pool_p] = _max_jvp
 ad.primitive_jvps[max_pool_with_tap_index_p] = _with_index_jvp
 ad.primitive_jvps[max_pool_selected_tap_index_p] = _integer_jvp(max_pool_selected_tap_index_p)

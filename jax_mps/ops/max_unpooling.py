@@ -20,9 +20,10 @@ from jax_mps import _compat, geometry
 from jax_mps.geometry import DataFormat
 from jax_mps.lowering import pooling, rule
 from jax_mps.ops import operands, primitive
-from jax_mps.ops.operands import FLOATS, INTEGERS
+from jax_mps.ops.operands import FLOATS, INTEGERS, WIDE_INTEGERS
 
 Array = Any
+_INDICES = tuple(name for name in INTEGERS + WIDE_INTEGERS if name != "bool")
 
 
 def max_unpool(
@@ -45,7 +46,7 @@ def max_unpool(
 
     Args:
       y: values, `(*batch, *spatial, channels)` or channels first, of any dtype that `max_pool` takes.
-      indices: int32 flat positions in the plane, in the shape of `y`, as `max_pool(...,
+      indices: flat positions in the plane, integers of any width in the shape of `y`, as `max_pool(...,
         return_indices=True)` gives them.
       output_shape: the spatial sizes of the result; its length is the number of spatial axes.
       indices_shape: the spatial sizes of the plane that `indices` are positions of, by default
@@ -58,7 +59,7 @@ def max_unpool(
       An array with the dtype, batch and channels of `y` and the spatial sizes `output_shape`.
 
     Raises:
-      TypeError: an unsupported dtype, `indices` not int32, `output_shape` not a sequence of ints.
+      TypeError: an unsupported dtype, `indices` not integers, `output_shape` not a sequence of ints.
       ValueError: the shapes of `y` and `indices` differ, `output_shape` is not 1 to 3 sizes of at least
         1 with a plane below 2**31 pixels, or `y` has too few axes.
 
@@ -76,8 +77,8 @@ def max_unpool(
 
     Source: PyTorch's `max_unpool2d`, with a fixed rule for duplicates.
     """
-    values = operands.array("y", y, FLOATS + INTEGERS)
-    positions = operands.array("indices", indices, ("int32",))
+    values = operands.array("y", y, FLOATS + INTEGERS + WIDE_INTEGERS)
+    positions = _as_int32(operands.array("indices", indices, _INDICES))
     sizes = geometry.shape("output_shape", output_shape)
     static = all(isinstance(n, int) for n in sizes)
     if not 1 <= len(sizes) <= 3 or (static and not 0 < math.prod(sizes) < 2**31):
@@ -119,6 +120,18 @@ def _in_plane(positions: Array, plane: tuple[Any, ...], sizes: tuple[Any, ...]) 
         inside &= pixel < size
         moved, step = moved + pixel * step, step * size
     return jnp.where(inside, moved, np.int32(-1))
+
+
+def _as_int32(indices: Array) -> Array:
+    """The positions in int32, in which those of every plane have a number; -1 for any other."""
+    if indices.dtype == np.int32:
+        return indices
+    narrow = lax.convert_element_type(indices, np.int32)
+    if indices.dtype.itemsize < 4:
+        return narrow
+    most = lax.full_like(indices, np.iinfo(np.int32).max)
+    known = lax.bitwise_and(lax.ge(indices, lax.full_like(indices, 0)), lax.le(indices, most))
+    return lax.select(known, narrow, lax.full_like(narrow, -1))
 
 
 # --- primitives ---------------------------------------------------------------------------------------

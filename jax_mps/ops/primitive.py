@@ -127,7 +127,7 @@ def define_multilinear(
       transposes: for each operand it is linear in, the function of (cotangent, *operands, **params) that
         gives the cotangent of that operand.
       others: for each other differentiable operand, the function of (tangent, result, *operands,
-        **params) that gives the tangent of the result.
+        **params) that gives the tangent of the result. The rule of `jet` does not know of it.
     """
     others = others or {}
 
@@ -154,5 +154,25 @@ def define_multilinear(
             result[i] = _compat.sharded_like(operands[i].aval, ct_in)
         return result
 
+    def jet(primals: Sequence[Array], series: Sequence[Any], **params: Any) -> tuple[Array, list[Array]]:
+        def bind(*arrays: Array) -> Array:
+            chosen = dict(zip(transposes, arrays, strict=True))
+            return primitive.bind(*(chosen.get(i, x) for i, x in enumerate(primals)), **params)
+
+        terms = [[primals[i], *series[i]] for i in transposes]
+        out, *more = map(bind, *terms) if len(terms) == 1 else product_terms(bind, *terms)
+        return out, more
+
     ad.primitive_jvps[primitive] = jvp
     ad.primitive_transposes[primitive] = transpose
+    _compat.define_jet(primitive, jet)
+
+
+def product_terms(
+    product: Callable[[Array, Array], Array], a: Sequence[Array], b: Sequence[Array]
+) -> list[Array]:
+    """The Taylor coefficients of a bilinear function of two series, from those of order 0 on."""
+    return [
+        functools.reduce(ad.add_jaxvals, (product(a[j], b[k - j]) for j in range(k + 1)))
+        for k in range(len(a))
+    ]

@@ -311,6 +311,8 @@ def test_lower_names_what_is_outside_the_list(capsys):
         (("max_unpool", "--shape", "1,112,112,64"), "cannot be lowered for Apple's GPUs"),
         (("max_pool", "--shape", "1,4,4,2", "--window", "5,5"), "the output size would be below 1"),
         (("max_pool", "--shape", "1,4,4,2", "--dtype", "complex64"), "x must have a dtype of"),
+        (("max_pool", "--shape", f"1,{2**62},4,2"), "--shape must be an int from"),
+        (("conv", "--shape", "1,4,4,2", "--features", str(2**63)), "--features must be an int from"),
     ],
 )
 def test_lower_says_what_cannot_be(arguments, message, capsys):

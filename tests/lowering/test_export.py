@@ -24,11 +24,11 @@ CONCRETE = {
     2: [(1, 2, 16, 21, 3), (2, 1, 37, 18, 1)],
     3: [(1, 9, 8, 11, 2), (2, 8, 10, 9, 1)],
 }
-CONSTRAINTS = {1: ("h >= 16",), 2: ("h >= 16", "w >= 16"), 3: ("d >= 8", "h >= 8", "w >= 8")}
 
 WINDOWS: dict[str, dict[str, Any]] = {
     "k2 s2": {"window_shape": (2, 2), "strides": 2},
     "k3 s2 p1": {"window_shape": (3, 3), "strides": 2, "padding": 1},
+    "k3 s2": {"window_shape": (3, 3), "strides": 2},
     "k3 s1 p1": {"window_shape": (3, 3), "strides": 1, "padding": 1},
     "k3 s2 SAME": {"window_shape": (3, 3), "strides": 2, "padding": "SAME"},
     "k4x5 s3x1 SAME": {"window_shape": (4, 5), "strides": (3, 1), "padding": "SAME"},
@@ -63,9 +63,8 @@ def compile_fast():
 
 
 def symbolic(rank: int, dtype: Any = np.float32) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(
-        export.symbolic_shape(SYMBOLS[rank], constraints=CONSTRAINTS[rank]), jnp.dtype(dtype)
-    )
+    """Without constraints, as stock operations take it."""
+    return jax.ShapeDtypeStruct(export.symbolic_shape(SYMBOLS[rank]), jnp.dtype(dtype))
 
 
 def value_and_gradient(f: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -112,6 +111,80 @@ def test_symbolic_sizes(kind, window):
     for shape in CONCRETE[rank]:
         x = oracle.distinct(shape)
         check_close(exported.call(x), f(x))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_constrained_sizes(kind):
+    function, options = KINDS[kind]
+    f = value_and_gradient(functools.partial(function, **WINDOWS["k9x12 s2 p4"], **options))
+    shape = export.symbolic_shape("b, h, w, c", constraints=("h >= 9", "w >= 16"))
+    exported = export.export(f)(jax.ShapeDtypeStruct(shape, np.float32))
+    x = oracle.distinct((2, 11, 17, 1))
+    check_close(exported.call(x), f(x))
+
+
+@pytest.mark.parametrize("size", [(1, 2), (2, 9), (3, 3)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_sizes_too_small_for_a_window_give_nothing(kind, size):
+    """As stock JAX does, where a size is known too late to be refused."""
+    function, options = KINDS[kind]
+    f = value_and_gradient(functools.partial(function, window_shape=(3, 3), strides=2, **options))
+    stock = export.export(
+        jax.jit(lambda x: jax.lax.reduce_window(x, -np.inf, jax.lax.max, (1, 3, 3, 1), (1, 2, 2, 1), "VALID"))
+    )
+    shape = jax.ShapeDtypeStruct(export.symbolic_shape("b, h, w, c"), np.float32)
+    x = oracle.distinct((2, *size, 1))
+    *results, dx = jax.tree.leaves(export.export(f)(shape).call(x))
+    assert {y.shape for y in results} == {stock(shape).call(x).shape}
+    assert dx.shape == x.shape
+    if min(size) < 3:
+        np.testing.assert_array_equal(dx, np.zeros_like(x))
+
+
+def test_ceil_mode_on_one_pixel():
+    """A window that hangs over the end is one, however small the image turns out to be."""
+    options = {"strides": 3, "padding": 0, "ceil_mode": True, "count_include_pad": False}
+    f = value_and_gradient(functools.partial(jax_mps.avg_pool, window_shape=(2, 2), **options))
+    exported = export.export(f)(jax.ShapeDtypeStruct(export.symbolic_shape("b, h, w, c"), np.float32))
+    for shape in ((1, 1, 2, 1), (1, 4, 1, 2)):
+        x = oracle.distinct(shape)
+        check_close(exported.call(x), f(x))
+
+
+CONVOLUTIONS: dict[str, tuple[str, dict[str, Any], tuple[int, int]]] = {
+    "valid": ("conv", {}, (1, 2)),
+    "stride": ("conv", {"strides": 2}, (1, 2)),
+    "SAME": ("conv", {"strides": (2, 3), "padding": "SAME"}, (2, 1)),
+    "pairs": ("conv", {"padding": ((-1, -2), (1, 1)), "kernel_dilation": 2}, (4, 1)),
+    "input dilation": ("conv", {"input_dilation": 2, "strides": 3, "kernel_dilation": 2}, (1, 2)),
+    "transposed": ("conv_transpose", {"strides": 2, "output_padding": 1}, (1, 2)),
+    "transposed SAME": ("conv_transpose", {"strides": 2, "padding": "SAME"}, (4, 1)),
+    "transposed, cropped": ("conv_transpose", {"strides": 2, "padding": 3}, (2, 2)),
+    "transposed, dilated": ("conv_transpose", {"strides": (3, 2), "kernel_dilation": 2}, (1, 1)),
+}
+
+
+@pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_symbolic_convolutions(name, data_format):
+    function, keywords, (groups, per_group) = CONVOLUTIONS[name]
+    channels = groups * per_group
+    f = functools.partial(getattr(jax_mps, function), groups=groups, data_format=data_format, **keywords)
+
+    @jax.jit
+    def both(x: Any, kernel: Any) -> Any:
+        y, pull_back = jax.vjp(f, x, kernel)
+        return y, pull_back(y)
+
+    last = data_format == "channels_last"
+    kernel = oracle.normal((3, 3, per_group, channels), seed=1)
+    shape = export.symbolic_shape(f"b, h, w, {channels}" if last else f"b, {channels}, h, w")
+    exported = export_it(both, jax.ShapeDtypeStruct(shape, np.float32), kernel)
+    for sizes in ((8, 9), (9, 8)):
+        x = oracle.normal((2, *sizes, channels) if last else (2, channels, *sizes))
+        check_close(exported.call(x, kernel), both(x, kernel))
+    one = np.ones((1, 1, 1, channels) if last else (1, channels, 1, 1), np.float32)
+    assert exported.call(one, kernel)[1][0].shape == one.shape
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -199,7 +272,7 @@ def test_symbolic_channels_first(kind):
     f = value_and_gradient(
         functools.partial(function, **WINDOWS["k3 s2 p1"], **options, data_format="channels_first")
     )
-    shape = export.symbolic_shape("n, c, h, w", constraints=("h >= 8", "w >= 8"))
+    shape = export.symbolic_shape("n, c, h, w")
     exported = export_it(f, jax.ShapeDtypeStruct(shape, np.float32))
     for concrete in ((2, 3, 9, 12), (1, 1, 30, 8)):
         x = oracle.distinct(concrete)

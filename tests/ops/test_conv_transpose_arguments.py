@@ -395,7 +395,7 @@ def test_shapes_of_bad_numbers():
 
 # --- types --------------------------------------------------------------------------------------------
 
-UNSUPPORTED = (*grid.INTEGERS, "complex64", "int4", "float8_e4m3fn", "float8_e5m2")
+UNSUPPORTED = (*grid.INTEGERS, "int4", "float8_e4m3fn", "float8_e5m2")
 
 
 @pytest.mark.parametrize("dtype", UNSUPPORTED)

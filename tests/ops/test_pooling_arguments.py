@@ -225,6 +225,8 @@ def test_ranks(function):
 @pytest.mark.parametrize("dtype", ["complex64", "int4", "uint4", "float8_e4m3fn", "float8_e5m2"])
 @pytest.mark.parametrize("function", POOLS)
 def test_unsupported_dtypes(function, dtype):
+    if (dtype == "complex64" and "avg" in function) or (dtype.startswith("float8") and "max" in function):
+        return  # see test_dtypes.py
     x = jnp.zeros(X.shape, jnp.dtype(dtype))
     name = "x" if "gradient" not in function else "source_gradient" if "avg" in function else "source"
     refuse(POOLS[function], TypeError, rf"{name} must have a dtype of float32, .*, got {dtype}", x)
@@ -236,13 +238,9 @@ def test_integers_are_for_max_pool(function, dtype):
     refuse(
         POOLS[function],
         TypeError,
-        rf"must have a dtype of float32, float64, float16, bfloat16, got {dtype}",
+        rf"must have a dtype of float32, float64, float16, bfloat16.*, got {dtype}",
         np.zeros(X.shape, dtype),
     )
-
-
-def test_64_bit_integers(x64):
-    refuse(jax_mps.max_pool, TypeError, "x must have a dtype of .*, got int64", np.zeros(X.shape, np.int64))
 
 
 @pytest.mark.parametrize("function", ["max_pool", "avg_pool", "l2_pool"])
@@ -317,13 +315,11 @@ def test_unpool():
     refuse(
         call,
         TypeError,
-        "indices must have a dtype of int32, got float32",
+        "indices must have a dtype of int8, .*uint64, got float32",
         y,
         indices=indices.astype(np.float32),
     )
-    refuse(
-        call, TypeError, "indices must have a dtype of int32, got int8", y, indices=indices.astype(np.int8)
-    )
+    refuse(call, TypeError, "indices must have a dtype of .*, got bool", y, indices=indices.astype(bool))
     refuse(
         call,
         ValueError,

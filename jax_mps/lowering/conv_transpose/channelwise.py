@@ -19,6 +19,7 @@ from jax_mps.lowering.axes import (
     neighbours,
     nth_before,
     repeat,
+    spread,
     tap_of,
     unblock,
 )
@@ -79,13 +80,13 @@ def _taps_of_neighbours(conv: Conv, kernel: Array) -> list[tuple[tuple[int, ...]
     return found
 
 
-def _pick(kernel: Array, dim: int, taps: tuple[int, ...]) -> Array:
+def _pick(kernel: Array, dim: int, taps: np.ndarray) -> Array:
     """The taps of those numbers, and zeros for -1."""
-    parts = [cut(kernel, dim, k, k + 1) if k >= 0 else None for k in taps]
-    like = next(p for p in parts if p is not None)
-    if all(k == taps[0] + i for i, k in enumerate(taps)):
-        return cut(kernel, dim, taps[0], taps[-1] + 1)
-    return concatenate([lax.full_like(like, 0) if p is None else p for p in parts], dim)
+    first, last = int(taps[0]), int(taps[-1])
+    if np.array_equal(taps, np.arange(first, first + taps.size)):
+        return cut(kernel, dim, first, last + 1)
+    parts = {int(r): cut(kernel, dim, int(taps[r]), int(taps[r]) + 1) for r in np.flatnonzero(taps >= 0)}
+    return spread(parts, taps.size, dim)
 
 
 def _term(conv: Conv, x: Array, chosen: tuple[int, ...], taps: Array) -> Array:

@@ -63,6 +63,14 @@ CHOICES = (
         "upsample, H100: forward 59/59, conv 1426/1207; data 66/51, conv 444/428",
     ),
     Choice(
+        ("data",),
+        _EVERYWHERE,
+        lambda c: not c.window.is_static(),
+        "conv",
+        "symbolic sizes: a matrix product needs the number of pixels, and JAX may not know that it is one",
+    ),
+    Choice(("weights",), _EVERYWHERE, lambda c: not c.window.is_static(), "taps", "symbolic sizes, as above"),
+    Choice(
         _ALL,
         _EVERYWHERE,
         lambda c: c.disjoint,

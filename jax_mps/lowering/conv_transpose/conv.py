@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from jax import lax
 
-from jax_mps.geometry import Window
+from jax_mps.geometry import Window, at_least_zero
 from jax_mps.lowering.axes import cut, resize
 from jax_mps.lowering.conv_transpose.description import Conv
 from jax_mps.lowering.conv_transpose.kernels import from_ordinary, to_ordinary
@@ -68,31 +68,26 @@ def convolve(
 def _strided(conv: Conv, image: Array, kernel: Array) -> Array:
     """The convolution that is transposed, over an image that the windows cover exactly or with padding."""
     axes = conv.window.axes
-    return convolve(
-        conv,
-        image,
-        kernel,
-        tuple(a.stride for a in axes),
-        tuple((_positive(a.low), _positive(a.high)) for a in axes),
-        tuple(a.dilation for a in axes),
-    )
-
-
-def _positive(n: Any) -> Any:
-    return n if not isinstance(n, int) else max(n, 0)
+    pads = tuple((at_least_zero(a.low), at_least_zero(a.high)) for a in axes)
+    if not conv.window.is_static():  # the operation pads by known widths alone
+        for dim, (low, high) in enumerate(pads, conv.spatial):
+            image = resize(image, dim, low, high, 0)
+        pads = ((0, 0),) * conv.rank
+    strides, dilation = (tuple(a.stride for a in axes), tuple(a.dilation for a in axes))
+    return convolve(conv, image, kernel, strides, pads, dilation)
 
 
 def _trimmed(conv: Conv, image: Array) -> Array:
     """Without the pixels before the first and behind the last window: negative padding, cut off."""
     for dim, axis in enumerate(conv.window.axes, conv.spatial):
-        image = resize(image, dim, -_positive(-axis.low), -_positive(-axis.high), 0)
+        image = resize(image, dim, -at_least_zero(-axis.low), -at_least_zero(-axis.high), 0)
     return image
 
 
 def _untrimmed(conv: Conv, image: Array) -> Array:
     """The transpose of `_trimmed`: zeros where pixels were cut off."""
     for dim, axis in enumerate(conv.window.axes, conv.spatial):
-        image = resize(image, dim, _positive(-axis.low), _positive(-axis.high), 0)
+        image = resize(image, dim, at_least_zero(-axis.low), at_least_zero(-axis.high), 0)
     return image
 
 
@@ -101,7 +96,7 @@ def _trimmed_like(conv: Conv, x: Array) -> Any:
     shape = list(x.shape)
     shape[conv.channel] = conv.outputs
     for dim, axis in enumerate(conv.window.axes, conv.spatial):
-        shape[dim] = axis.size - _positive(-axis.low) - _positive(-axis.high)
+        shape[dim] = axis.size - at_least_zero(-axis.low) - at_least_zero(-axis.high)
     return jax.ShapeDtypeStruct(tuple(shape), x.dtype)
 
 

@@ -8,9 +8,10 @@ from typing import Any
 from jax import lax
 
 from jax_mps.geometry import Axis
-from jax_mps.lowering.axes import concatenate, cover, cut, resize, tap_of, unblock
+from jax_mps.lowering.axes import concatenate, cover, cut, resize, spread, tap_of, unblock
 from jax_mps.lowering.conv_transpose.description import Conv
 from jax_mps.lowering.conv_transpose.products import (
+    contract,
     from_channels_last,
     matmul,
     pixels_in_rows,
@@ -26,16 +27,30 @@ def forward(conv: Conv, x: Array, kernel: Array) -> Array:
     x = to_channels_last(conv, x)
     columns = lax.transpose(kernel, (rank, rank + 2, *range(rank), rank + 1))
     columns = lax.reshape(columns, (groups, conv.inputs // groups, window.taps * (conv.outputs // groups)))
+    if window.is_static():
+        z = _of_pixels_in_rows(conv, x, columns)
+    else:  # JAX may not know that the number of pixels is one
+        x = lax.reshape(x, (*x.shape[:-1], groups, conv.inputs // groups))
+        z = contract(conv, x, columns, (((rank + 2,), (1,)), ((rank + 1,), (0,))))
+        z = lax.reshape(z, (*z.shape[:-1], *window.shape, conv.outputs // groups))
+        pairs = [d for i in range(rank) for d in (2 + i, 2 + rank + i)]
+        z = lax.transpose(z, (1, *pairs, 0, 2 + 2 * rank))
+        z = lax.reshape(z, (*z.shape[:-2], conv.outputs))
+    for i in reversed(range(rank)):
+        z = _overlap_add(conv, z, window.axes[i], 1 + 2 * i)
+    return from_channels_last(conv, z)
+
+
+def _of_pixels_in_rows(conv: Conv, x: Array, columns: Array) -> Array:
+    """The products of all pixels with the columns: `(batch, (pixels, taps) of each axis..., outputs)`."""
+    rank, groups, window = conv.rank, conv.groups, conv.window
     z = matmul(conv, pixels_in_rows(conv, x), columns, (2, 1))
     # (groups, pixels, taps, outputs) to (batch, pixels and taps of each axis..., outputs); the batch stays
     # with the first axis on the way, because Apple's plugins may have no more than eight axes.
     n, (first, *others) = x.shape[0], x.shape[1:-1]
     z = lax.reshape(z, (groups, n * first, *others, *window.shape, conv.outputs // groups))
     z = lax.transpose(z, (*(d for i in range(rank) for d in (1 + i, 1 + rank + i)), 0, 1 + 2 * rank))
-    z = lax.reshape(z, (n, first, *z.shape[1:-2], conv.outputs))
-    for i in reversed(range(rank)):
-        z = _overlap_add(conv, z, window.axes[i], 1 + 2 * i)
-    return from_channels_last(conv, z)
+    return lax.reshape(z, (n, first, *z.shape[1:-2], conv.outputs))
 
 
 def data(conv: Conv, g: Array, kernel: Array) -> Array:
@@ -77,17 +92,11 @@ def _phases_of_taps(conv: Conv, z: Array, axis: Axis, dim: int) -> Array:
     """(blocks, phases), where every phase is the sum of the dilated taps that fall on it."""
     falls = [divmod(axis.dilation * k, axis.stride) for k in range(axis.taps)]
     last = max(block for block, _ in falls)
-    phases = []
-    for r in range(axis.stride):
-        terms = [
-            resize(cut(z, dim + 1, k, k + 1), dim, block, last - block, 0)
-            for k, (block, phase) in enumerate(falls)
-            if phase == r
-        ]
-        phases.append(conv.sum(terms) if terms else None)
-    like = next(p for p in phases if p is not None)
-    filled = [lax.full_like(like, 0) if p is None else p for p in phases]
-    return concatenate(filled, dim + 1)
+    terms: dict[int, list[Array]] = {}
+    for k, (block, phase) in enumerate(falls):
+        term = resize(cut(z, dim + 1, k, k + 1), dim, block, last - block, 0)
+        terms.setdefault(phase, []).append(term)
+    return spread({phase: conv.sum(those) for phase, those in terms.items()}, axis.stride, dim + 1)
 
 
 def _patches_in_rows(conv: Conv, g: Array) -> Array:

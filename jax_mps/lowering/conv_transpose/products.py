@@ -13,20 +13,20 @@ from jax_mps.lowering.rule import accumulator
 Array = Any
 
 
-def matmul(conv: Conv, a: Array, b: Array, contract: tuple[int, int]) -> Array:
+def matmul(conv: Conv, a: Array, b: Array, axes: tuple[int, int]) -> Array:
     """The product of `(groups, ...)` matrices, without the batch axis where there is one group."""
     if conv.groups == 1:
         a, b = (lax.squeeze(m, (0,)) for m in (a, b))
-        contract = (contract[0] - 1, contract[1] - 1)
+        axes = (axes[0] - 1, axes[1] - 1)
     batch: tuple[Any, Any] = ((), ()) if conv.groups == 1 else ((0,), (0,))
-    out = lax.dot_general(
-        a,
-        b,
-        (((contract[0],), (contract[1],)), batch),
-        precision=conv.precision,
-        preferred_element_type=None if conv.platform == "apple" else accumulator(a.dtype),
-    )
+    out = contract(conv, a, b, (((axes[0],), (axes[1],)), batch))
     return lax.expand_dims(out, (0,)) if conv.groups == 1 else out
+
+
+def contract(conv: Conv, a: Array, b: Array, dimensions: Any) -> Array:
+    """`lax.dot_general` with the precision that is wanted."""
+    wide = None if conv.platform == "apple" else accumulator(a.dtype)
+    return lax.dot_general(a, b, dimensions, precision=conv.precision, preferred_element_type=wide)
 
 
 def pixels_in_rows(conv: Conv, x: Array) -> Array:

@@ -11,21 +11,39 @@ from jax import lax
 
 from jax_mps.lowering.axes import concatenate, cover, cut, tap_of
 from jax_mps.lowering.conv_transpose.description import Conv
-from jax_mps.lowering.conv_transpose.products import matmul, pixels_in_rows, to_channels_last
+from jax_mps.lowering.conv_transpose.products import contract, matmul, pixels_in_rows, to_channels_last
 
 Array = Any
 
 
 def weights(conv: Conv, g: Array, x: Array) -> Array:
     """Blocks of `stride` neighbouring taps at a time where they are full, else single taps."""
-    g, rows = to_channels_last(conv, g), pixels_in_rows(conv, to_channels_last(conv, x))
+    g, x = to_channels_last(conv, g), to_channels_last(conv, x)
     axes = conv.window.axes
     for dim, axis in enumerate(axes, 1):
         g = cover(g, axis, dim, 0)
+    if not conv.window.is_static():
+        return _by_contraction(conv, g, x)
+    rows = pixels_in_rows(conv, x)
     steps = [a.stride if a.dilation == 1 and a.taps % a.stride == 0 else 1 for a in axes]
     firsts = itertools.product(*(range(0, a.taps, step) for a, step in zip(axes, steps, strict=True)))
     blocks = [lax.expand_dims(_block(conv, g, rows, first, steps), (0,)) for first in firsts]
     return _from_blocks(conv, concatenate(blocks, 0), steps)
+
+
+def _by_contraction(conv: Conv, g: Array, x: Array) -> Array:
+    """Symbolic sizes stay axes: of their product JAX may not know that it is a size."""
+    shape = (*conv.window.shape, conv.groups, conv.outputs // conv.groups, conv.inputs // conv.groups)
+    pixels, group = tuple(range(conv.rank + 1)), (conv.rank + 1,)
+    x = lax.reshape(x, (*x.shape[:-1], conv.groups, shape[-1]))
+    products = []
+    for taps in itertools.product(*map(range, conv.window.shape)):
+        seen = g
+        for dim, (axis, k) in enumerate(zip(conv.window.axes, taps, strict=True), 1):
+            seen = tap_of(seen, axis, dim, k)
+        seen = lax.reshape(seen, (*seen.shape[:-1], conv.groups, shape[-2]))
+        products.append(contract(conv, seen, x, ((pixels, pixels), (group, group))))
+    return lax.reshape(concatenate(products, 0), shape)
 
 
 def _block(conv: Conv, g: Array, rows: Array, first: Sequence[int], steps: Sequence[int]) -> Array:

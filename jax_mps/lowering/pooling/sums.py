@@ -4,11 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 from jax import lax
 
 from jax_mps.geometry import Axis, Window
-from jax_mps.lowering.axes import cut, neighbours, nth_before, repeat, resize, unblock, uncover
+from jax_mps.lowering.axes import (
+    blocks_reached,
+    cut,
+    neighbours,
+    nth_before,
+    repeat,
+    resize,
+    unblock,
+    uncover,
+)
 from jax_mps.lowering.pooling.fold import CHAIN, State, fold, fold_window
 from jax_mps.lowering.pooling.values import reduce_sum
 
@@ -37,7 +45,7 @@ def sum_of_windows(g: Array, window: Window, start: int) -> Array:
 def _sum_of_windows(g: Array, axis: Axis, dim: int) -> Array:
     """Along one axis."""
     if axis.stride > 1:
-        if len(neighbours(axis)) <= CHAIN:
+        if blocks_reached(axis).size <= CHAIN:
             return _by_neighbours(g, axis, dim)
         g = _with_stride_1(g, axis, dim)
     # With stride 1, the windows of a pixel are a window themselves, as long as its taps reach.
@@ -52,8 +60,8 @@ def _by_neighbours(g: Array, axis: Axis, dim: int) -> Array:
     total = None
     for j, taps in neighbours(axis):
         term = repeat(nth_before(g, axis, dim, j, 0), dim, axis.stride)
-        if min(taps) < 0:
-            hit = lax.broadcast_in_dim(np.array(taps) >= 0, term.shape, (dim + 1,))
+        if taps.min() < 0:
+            hit = lax.broadcast_in_dim(taps >= 0, term.shape, (dim + 1,))
             term = lax.select(hit, term, lax.full_like(term, 0))
         total = term if total is None else total + term
     return unblock(total, axis, dim)

@@ -11,7 +11,7 @@ from jax import lax
 
 from jax_mps.geometry import Window
 from jax_mps.lowering.apple import MAX_OPERANDS
-from jax_mps.lowering.axes import add_up, disjoint, neighbours, nth_before, unblock
+from jax_mps.lowering.axes import add_up, blocks_reached, disjoint, neighbours, nth_before, unblock
 from jax_mps.lowering.pooling.few_axes import few_axes_on_apple
 from jax_mps.lowering.pooling.fold import State
 from jax_mps.lowering.pooling.tap_routes import Routes
@@ -20,7 +20,7 @@ from jax_mps.lowering.pooling.values import full, reduce_sum
 from jax_mps.lowering.rule import Platform, accumulator
 
 Array = Any
-Neighbours = Sequence[tuple[int, tuple[int, ...]]]
+Neighbours = Sequence[tuple[int, np.ndarray]]
 """What `neighbours` says of an axis: the windows that reach a block of pixels, and by which taps."""
 
 _TAPS = 32
@@ -65,11 +65,10 @@ def max_pool_put(g: Array, tap_index: Array, *, window: Window, start: int, plat
     dtype = g.dtype
     g = lax.convert_element_type(g, accumulator(dtype))
     tap_index = lax.convert_element_type(tap_index, np.int32)
-    around = [neighbours(axis) for axis in window.axes]
-    if math.prod(map(len, around)) > _WINDOWS:
+    if math.prod(blocks_reached(axis).size for axis in window.axes) > _WINDOWS:
         image = Routes(tap_index, window, start).put(g)
     else:
-        image = _put_by_phases(g, tap_index, window, start, around, platform)
+        image = _put_by_phases(g, tap_index, window, start, platform)
     return lax.convert_element_type(image, dtype)
 
 
@@ -78,13 +77,13 @@ def _put_by_phases(
     tap_index: Array,
     window: Window,
     start: int,
-    around: Sequence[Neighbours],
     platform: Platform,
 ) -> Array:
     """Every pixel compares its own tap index with the choice of each window that reaches it.
 
     Each axis is split into (blocks, phases) at once, so that the image is written a single time.
     """
+    around = [neighbours(axis) for axis in window.axes]
     # By the number of a neighbour along each axis: its values and its choices.
     shifted: dict[tuple[int, ...], State] = {(): (g, tap_index)}
     for i, (axis, along) in enumerate(zip(window.axes, around, strict=True), start):
@@ -108,7 +107,7 @@ def _own_tap_indices(window: Window, around: Sequence[Neighbours], key: Sequence
     """For every phase, which tap of that neighbour a pixel is; -2 if it is none, which nobody has chosen."""
     own = np.zeros((), np.int32)
     for axis, along, n in zip(window.axes, around, key, strict=True):
-        taps = np.array(along[n][1], np.int32)
+        taps = along[n][1]
         none = (own[..., None] < 0) | (taps < 0)
         own = np.where(none, -2, own[..., None] * axis.taps + taps).astype(np.int32)
     return own

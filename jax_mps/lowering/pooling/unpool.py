@@ -44,10 +44,14 @@ def max_unpool(
 
     def plane(y: Array, indices: Array) -> Array:
         last = _last_at(indices, sizes)
-        return jnp.where(last >= 0, y[jnp.maximum(last, 0)], jnp.zeros((), y.dtype))
+        at, zero = _place_of(jnp.maximum(last, 0), y.shape), jnp.zeros((), y.dtype)
+        if not all(isinstance(n, int) for n in y.shape):  # there may be no entry, and a gather needs one
+            y = lax.pad(y, zero, [(0, 1, 0)] * y.ndim)
+        return jnp.where(last >= 0, y[at], zero)
 
     rank = len(sizes)
-    flat = _over_planes(plane, y.ndim, start, rank)(*(_flatten(a, start, rank) for a in (y, indices)))
+    arrays = (_flatten_static(a, start, rank) for a in (y, indices))
+    flat = _over_planes(plane, y.ndim, start, rank)(*arrays)
     return lax.reshape(flat, (*y.shape[:start], *sizes, *y.shape[start + rank :]))
 
 
@@ -67,24 +71,42 @@ def max_unpool_take(
         return lax.reshape(flat, indices.shape)
 
     def plane(c: Array, indices: Array) -> Array:
-        order = jnp.arange(indices.shape[0], dtype=np.int32)
+        order = _numbers(indices.shape)
         inside = jnp.logical_and(indices >= 0, indices < c.shape[0])
         at = jnp.where(inside, indices, 0)
         won = jnp.logical_and(inside, _last_at(indices, sizes)[at] == order)
         return jnp.where(won, c[at], jnp.zeros((), c.dtype))
 
     rank = len(sizes)
-    flat = _over_planes(plane, c.ndim, start, rank)(*(_flatten(a, start, rank) for a in (c, indices)))
+    arrays = _flatten(c, start, rank), _flatten_static(indices, start, rank)
+    flat = _over_planes(plane, c.ndim, start, rank)(*arrays)
     return lax.reshape(flat, indices.shape)
 
 
 def _last_at(indices: Array, sizes: tuple[Dim, ...]) -> Array:
     """For every position of a plane, the last entry of `indices` that names it, or -1."""
     size = math.prod(sizes)
-    order = jnp.arange(indices.shape[0], dtype=np.int32)
+    order = _numbers(indices.shape)
     # `at` would count negative positions from the end.
     positions = jnp.where(indices < 0, size, indices)
     return jnp.full((size,), -1, np.int32).at[positions].max(order, mode="drop")
+
+
+def _numbers(shape: Sequence[Dim]) -> Array:
+    """The row-major number of every entry."""
+    total = lax.full(shape, 0, np.int32)
+    for i, n in enumerate(shape):
+        total = total * jnp.asarray(n, np.int32) + lax.broadcasted_iota(np.int32, shape, i)
+    return total
+
+
+def _place_of(number: Array, shape: Sequence[Dim]) -> tuple[Array, ...]:
+    """The inverse of `_numbers`."""
+    place: list[Array] = []
+    for n in reversed(shape[1:]):
+        place.append(number % jnp.asarray(n, np.int32))
+        number = number // jnp.asarray(n, np.int32)
+    return (number, *reversed(place))
 
 
 class _Table:
@@ -132,6 +154,11 @@ class _Table:
 def _flatten(x: Array, start: int, rank: int) -> Array:
     spatial = math.prod(x.shape[start : start + rank])
     return lax.reshape(x, (*x.shape[:start], spatial, *x.shape[start + rank :]))
+
+
+def _flatten_static(x: Array, start: int, rank: int) -> Array:
+    """Symbolic sizes stay axes: of their product JAX may not know that it is a size."""
+    return _flatten(x, start, rank) if all(isinstance(n, int) for n in x.shape) else x
 
 
 def _over_planes(plane: Callable[..., Array], ndim: int, start: int, rank: int) -> Callable[..., Array]:

@@ -12,7 +12,7 @@ from jax import lax
 
 from jax_mps.geometry import Dim
 from jax_mps.lowering.axes import cut
-from jax_mps.lowering.rule import Platform
+from jax_mps.lowering.rule import Platform, accumulator
 
 Array = Any
 
@@ -37,7 +37,10 @@ def reduce_max(x: Array, dims: Sequence[int]) -> Array:
 
 
 def reduce_sum(x: Array, dims: Sequence[int]) -> Array:
-    return lax.reduce(x, np.array(0, x.dtype), lax.add, dims)
+    """The sum, formed in float32 (float64 for float64) and rounded once."""
+    wide = accumulator(x.dtype)
+    total = lax.reduce(lax.convert_element_type(x, wide), np.array(0, wide), lax.add, dims)
+    return lax.convert_element_type(total, x.dtype)
 
 
 def counting(length: Dim, platform: Platform) -> Array:
