@@ -254,14 +254,14 @@ def scatter(g: Array, x: Array, window: Window, start: int) -> Array:
     """The gradient of the maximum, as `lax.select_and_scatter_add` selects taps."""
     params = {"window": window, "start": start, "implementation": None}
     tap_index = max_pool_selected_tap_index_p.bind(x, with_padding=True, **params)
-    return _put(g, tap_index, **params)
+    return _put(g, tap_index, total_order=False, **params)
 
 
 def gather(t: Array, x: Array, window: Window, start: int) -> Array:
     """The tangent of the maximum, as `lax.select_and_gather_add` selects taps."""
     params = {"window": window, "start": start, "implementation": None}
     tap_index = max_pool_selected_tap_index_p.bind(x, with_padding=False, **params)
-    return _take(t, tap_index, **params)
+    return _take(t, tap_index, total_order=False, **params)
 
 
 # --- primitives ---------------------------------------------------------------------------------------
@@ -269,6 +269,10 @@ def gather(t: Array, x: Array, window: Window, start: int) -> Array:
 
 def _native(name: str) -> Any:
     return lambda *, window, start: (name, primitive.window_attributes(window, start))
+
+
+def _native_chosen(name: str) -> Any:
+    return lambda *, window, start, total_order: (name, primitive.window_attributes(window, start))
 
 
 def _native_selected(*, window: Window, start: int, with_padding: bool) -> tuple[str, dict[str, Any]]:
@@ -310,15 +314,15 @@ max_pool_with_tap_index_p = primitive.define(
 )
 max_pool_take_p = primitive.define(
     "max_pool_take",
-    lambda t, tap_index, *, window, start, implementation: primitive.image_to_pooled(t, window, start),
+    lambda t, tap_index, *, window, start, **_: primitive.image_to_pooled(t, window, start),
     xla_fun=pooling.max_pool_take,
-    native=_native("max_pool_take"),
+    native=_native_chosen("max_pool_take"),
 )
 max_pool_put_p = primitive.define(
     "max_pool_put",
-    lambda g, tap_index, *, window, start, implementation: primitive.pooled_to_image(g, window, start),
+    lambda g, tap_index, *, window, start, **_: primitive.pooled_to_image(g, window, start),
     xla_fun=pooling.max_pool_put,
-    native=_native("max_pool_put"),
+    native=_native_chosen("max_pool_put"),
 )
 positions_p = primitive.define(
     "max_pool_positions",
@@ -328,12 +332,15 @@ positions_p = primitive.define(
 )
 
 
-def _take(t: Array, tap_index: Array, **params: Any) -> Array:
-    return max_pool_take_p.bind(*_compat.vary_alike(t, tap_index), **params)
+# `total_order` says that one order of all pixels chose the taps. Stock JAX has none where there is NaN.
 
 
-def _put(g: Array, tap_index: Array, **params: Any) -> Array:
-    return max_pool_put_p.bind(*_compat.vary_alike(g, tap_index), **params)
+def _take(t: Array, tap_index: Array, *, total_order: bool = True, **params: Any) -> Array:
+    return max_pool_take_p.bind(*_compat.vary_alike(t, tap_index), total_order=total_order, **params)
+
+
+def _put(g: Array, tap_index: Array, *, total_order: bool = True, **params: Any) -> Array:
+    return max_pool_put_p.bind(*_compat.vary_alike(g, tap_index), total_order=total_order, **params)
 
 
 def _max_jvp(primals: Sequence[Array], tangents: Sequence[Array], **params: Any) -> tuple[Array, Array]:

@@ -5,6 +5,7 @@
 | `switch.py` | `accelerate()`: turns the replacement on and off |
 | `convolution.py` | `conv_general_dilated` as one of the three maps of transposed convolution |
 | `windows.py` | `reduce_window` and `select_and_scatter` as poolings |
+| `apple.py` | `rev` and `pad`, in what Apple's plugins have |
 | `choices.py` | the table that says where ours is used, and why |
 | `report.py` | what was lowered, by whose code, and why |
 

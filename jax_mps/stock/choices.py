@@ -19,9 +19,9 @@ from collections.abc import Callable
 import numpy as np
 
 from jax_mps.lowering.rule import Platform
-from jax_mps.stock import convolution, windows
+from jax_mps.stock import apple, convolution, windows
 
-Reading = convolution.Reading | windows.Reading
+Reading = convolution.Reading | windows.Reading | apple.Reading
 
 
 @dataclasses.dataclass(frozen=True)

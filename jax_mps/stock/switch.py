@@ -15,7 +15,7 @@ from jax import lax
 from jax_mps import _compat
 from jax_mps.lowering import library, rule
 from jax_mps.ops.operands import FLOATS
-from jax_mps.stock import convolution, windows
+from jax_mps.stock import apple, convolution, windows
 from jax_mps.stock.choices import Reading, choose
 from jax_mps.stock.report import Report, Row, type_name
 
@@ -126,7 +126,7 @@ def _turn_on() -> None:
     replacements = [
         (primitive, platform, _rule(rules, primitive, platform, read))
         for platform in platforms
-        for primitive, read in _READERS.items()
+        for primitive, read in (_READERS if platform else _APPLE_READERS).items()
     ]
     _switch, _rules = _switch or _compat.Switch(), rules
     for replacement in replacements:
@@ -196,6 +196,9 @@ _READERS: dict[Any, Callable[..., _Call]] = {
     lax.select_and_scatter_add_p: _plain(windows.recognise_scatter),
     lax.select_and_gather_add_p: _plain(windows.recognise_gather),
 }
+
+
+_APPLE_READERS = _READERS | {lax.rev_p: _plain(apple.recognise_rev), lax.pad_p: _plain(apple.recognise_pad)}
 
 
 def _rule(

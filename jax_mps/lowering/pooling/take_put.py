@@ -34,11 +34,13 @@ _WINDOWS = 9
 
 
 @few_axes_on_apple
-def max_pool_take(t: Array, tap_index: Array, *, window: Window, start: int, platform: Platform) -> Array:
+def max_pool_take(
+    t: Array, tap_index: Array, *, window: Window, start: int, total_order: bool, platform: Platform
+) -> Array:
     tap_index = lax.convert_element_type(tap_index, np.int32)
     if all(map(disjoint, window.axes)):
         return _take_from_blocks(t, tap_index, window, start)
-    if window.taps > _TAPS:
+    if window.taps > _TAPS and total_order:
         return Routes(tap_index, window, start).take(t)
     return _take_by_taps(t, tap_index, window, start, platform)
 
@@ -61,11 +63,13 @@ def _take_by_taps(t: Array, tap_index: Array, window: Window, start: int, platfo
 
 
 @few_axes_on_apple
-def max_pool_put(g: Array, tap_index: Array, *, window: Window, start: int, platform: Platform) -> Array:
+def max_pool_put(
+    g: Array, tap_index: Array, *, window: Window, start: int, total_order: bool, platform: Platform
+) -> Array:
     dtype = g.dtype
     g = lax.convert_element_type(g, accumulator(dtype))
     tap_index = lax.convert_element_type(tap_index, np.int32)
-    if math.prod(blocks_reached(axis).size for axis in window.axes) > _WINDOWS:
+    if total_order and math.prod(blocks_reached(axis).size for axis in window.axes) > _WINDOWS:
         image = Routes(tap_index, window, start).put(g)
     else:
         image = _put_by_phases(g, tap_index, window, start, platform)
