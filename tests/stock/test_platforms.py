@@ -59,7 +59,7 @@ IMAGE, LINE, VOLUME = (2, 16, 16, 8), (2, 64, 8), (1, 8, 8, 8, 4)
 # A function with its gradients, the shapes of its operands, and for each stock operation whether it is ours.
 ON_CUDA: dict[str, tuple[Callable[..., Any], tuple[tuple[int, ...], ...], list[bool]]] = {
     "dense": (convolve, (IMAGE, (3, 3, 8, 8)), [False, False, False]),
-    "1 x 1": (convolve, (IMAGE, (1, 1, 8, 16)), [True, True, True]),
+    "1 x 1": (convolve, (IMAGE, (1, 1, 8, 16)), [False, False, False]),
     "strided": (functools.partial(convolve, strides=2), (IMAGE, (3, 3, 8, 8)), [False, True, False]),
     "depthwise": (functools.partial(convolve, groups=8), (IMAGE, (3, 3, 1, 8)), [False, False, False]),
     "7 x 7 depthwise": (functools.partial(convolve, groups=8), (IMAGE, (7, 7, 1, 8)), [False, False, True]),

@@ -54,7 +54,7 @@ class Models:
 
 
 def model_case(name: str, model: Model, op: str, contenders: Sequence[str]) -> Case:
-    """An operation of a network: "native", beyond the CPU "xla", is stock Flax under `accelerate()`, "lax" without."""
+    """An operation of a network on stock Flax: "native" ("xla" beyond the CPU) accelerated, "lax" not."""
     return Case(
         shape=name,
         description=" ".join("x".join(map(str, shape)) for shape in model.inputs),
