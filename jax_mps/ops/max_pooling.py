@@ -243,7 +243,7 @@ def gradient(
     sends it to that pixel.
     """
     image, inside = edges.enclose(x, window, start, edge)
-    params = {"window": inside, "start": start, "implementation": implementation}
+    params: dict[str, Any] = {"window": inside, "start": start, "implementation": implementation}
     wide = rule.accumulator(g.dtype) if edge == "clamp" else g.dtype  # repeated pixels are added up
     tap_index = max_pool_tap_index_p.bind(image, **params)
     dx = _put(lax.convert_element_type(g, wide), tap_index, **params)
