@@ -19,11 +19,14 @@ from jax_mps import conventions, geometry
 from jax_mps.geometry import Ints, Padding
 from jax_mps.ops.convolution import UNROUNDED, Precision, unrounded
 from jax_mps.ops.max_unpooling import max_unpool
-from jax_mps.ops.operands import FLOATS, INTEGERS, array
+from jax_mps.ops.operands import COMPLEX, FLOAT8, FLOATS, INTEGERS, WIDE_INTEGERS, array
 
 __all__ = ["avg_pool", "l2_pool", "max_pool", "max_unpool", "min_pool"]
 
 PaddingConvention = Literal["flax", "torch"]
+
+_ORDERED = FLOATS + FLOAT8 + INTEGERS + WIDE_INTEGERS
+"""Types that have a maximum."""
 
 # --- pooling ------------------------------------------------------------------------------------------
 
@@ -97,7 +100,7 @@ def max_pool(
       Array([5., 5., 4., 4., 4.], dtype=float32)
     """
     return jax_mps.max_pool(  # type: ignore[misc, call-overload]
-        array("inputs", inputs, FLOATS + INTEGERS),
+        array("inputs", inputs, _ORDERED),
         window_shape,
         strides=1 if strides is None else strides,
         padding=padding,
@@ -145,7 +148,7 @@ def min_pool(
       >>> nn.min_pool(x, (2,), strides=(2,)).ravel()
       Array([1., 2., 3.], dtype=float32)
     """
-    x = array("inputs", inputs, FLOATS + INTEGERS)
+    x = array("inputs", inputs, _ORDERED)
     # The complement turns the order of integers round as the negative does, and never overflows.
     reverse = lax.neg if jnp.issubdtype(x.dtype, jnp.floating) else lax.bitwise_not
     return reverse(
@@ -180,8 +183,8 @@ def avg_pool(
     and `count_include_pad=False` compiles no sum over ones.
 
     Args:
-      inputs: array of shape `(*batch, *spatial, channels)`; float32, float64, float16 or bfloat16, or
-        integers, whose average is a float.
+      inputs: array of shape `(*batch, *spatial, channels)`; float32, float64, float16 or bfloat16, complex
+        numbers, or integers, whose average is a float.
       window_shape: taps of a window along each spatial axis.
       strides: pixels from one window to the next; None is 1, not the size of the window.
       padding: "VALID", "SAME", "SAME_LOWER", an int for all sides, or a `(low, high)` pair for each
@@ -208,9 +211,9 @@ def avg_pool(
       >>> nn.avg_pool(x, (3,), padding="SAME", count_include_pad=False).ravel()
       Array([ 9., 12., 18., 21.], dtype=float32)
     """
-    x = array("inputs", inputs, FLOATS + INTEGERS)
+    x = array("inputs", inputs, FLOATS + COMPLEX + INTEGERS + WIDE_INTEGERS)
     return jax_mps.avg_pool(
-        x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(float),
+        x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(float),
         window_shape,
         strides=1 if strides is None else strides,
         padding=padding,
@@ -491,7 +494,7 @@ def transposed(
         "kernel_dilation": 1 if layer.kernel_dilation is None else layer.kernel_dilation,
     }
     circular = isinstance(layer.padding, str) and layer.padding.upper() == "CIRCULAR"
-    image = array("inputs", inputs, FLOATS)
+    image = array("inputs", inputs, FLOATS + COMPLEX)
     options |= {
         "padding": _cut(layer, window, options),
         "output_padding": layer.output_padding,

@@ -573,7 +573,7 @@ def unrounded(convolve: _Convolve, x: Array, kernel: Array, out_dtype: Any) -> A
     nothing; in the type of the sums they would take up to twice the memory, and more on a matrix unit.
     """
     sums = rule.accumulator(out_dtype)
-    if sums == out_dtype:
+    if np.dtype(out_dtype).itemsize >= sums.itemsize:
         return convolve(x, kernel, out_dtype)
 
     @jax.custom_jvp

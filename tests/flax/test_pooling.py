@@ -169,3 +169,20 @@ def test_divisor_is_no_sum_over_ones() -> None:
     ours = program(nnx)
     assert "reduce_window" not in ours
     assert "128x128x128x1xf32> dense" not in ours  # nor a constant as large as the image
+
+
+def test_complex_averages_as_flax() -> None:
+    x = jax.lax.complex(image((2, 9, 3)), image((2, 9, 3))[::-1])
+    actual, expected = (m.avg_pool(x, (3,), (2,), "SAME", False) for m in (linen, flax.nnx))
+    np.testing.assert_allclose(actual, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["max_pool", "min_pool"])
+def test_maxima_of_wide_and_narrow_types_as_flax(name: str, x64: None) -> None:
+    for dtype, scale in (("int64", 2**40), ("uint64", 2**40), ("float8_e4m3fn", 1), ("float8_e5m2", 1)):
+        x = (jnp.arange(12) * 5 % 7 * scale).reshape(1, 12, 1).astype(dtype)
+        actual, expected = (
+            getattr(m, name)(x.astype(t), (3,), (2,)) for m, t in ((linen, dtype), (flax.nnx, "float64"))
+        )
+        assert actual.dtype == dtype
+        np.testing.assert_array_equal(actual.astype("float64"), expected)
