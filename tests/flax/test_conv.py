@@ -60,7 +60,8 @@ CASES = {
     "empty batch": Case((0, 6, 3), 4, (3,), ours=False),
     # types: of inputs, parameters and computation
     "bfloat16": Case((2, 6, 3), 4, (3,), {"dtype": jnp.bfloat16}, tolerance=2e-2),
-    "float16": Case((2, 6, 5, 3), 4, (3, 3), {"dtype": jnp.float16}, tolerance=4e-3),
+    # Flax sums the gradient of the bias in float16.
+    "float16": Case((2, 6, 5, 3), 4, (3, 3), {"dtype": jnp.float16}, tolerance=1e-2),
     "float16 inputs": Case((2, 6, 3), 4, (3,), {}, jnp.float16),
     "bfloat16 parameters": Case((2, 6, 3), 4, (3,), {"param_dtype": jnp.bfloat16}, tolerance=1e-2),
     "integers": Case((2, 6, 3), 4, (3,), {}, jnp.int32),

@@ -27,6 +27,9 @@ CONVS = {
 
 @pytest.fixture
 def no_half_reductions():
+    if not hasattr(jax.config, "jax_allow_f16_reductions"):  # older versions of JAX; the numbers are compared
+        yield
+        return
     jax.config.update("jax_allow_f16_reductions", False)
     jax.clear_caches()
     yield
