@@ -245,9 +245,13 @@ def test_sizes_are_limited():
     text = json.dumps(nested).replace('"offset": 0', f'"offset": {"[" * 5000}{"]" * 5000}')
     with pytest.raises(mps.CodingError):
         mps.from_bytes(safetensors.save({}, metadata={"jax_mps.mps": text}))
-    huge = KERNELS[0].copy(offset=mps.MPSOffset(x=2**40))
-    with pytest.raises(ValueError, match="too large"):
-        huge.to_bytes()
+    with pytest.raises(ValueError, match="x of MPSOffset must be an int from"):
+        KERNELS[0].copy(offset=mps.MPSOffset(x=2**40))
+    huge = document(data)
+    for number in (2**30 + 1, 2**40):
+        huge["settings"]["offset"] = {"MPSOffset": {"x": number, "y": 0, "z": 0}}
+        with pytest.raises(mps.CodingError):
+            mps.from_bytes(safetensors.save({}, metadata={"jax_mps.mps": json.dumps(huge)}))
 
 
 def test_every_prefix_is_refused():

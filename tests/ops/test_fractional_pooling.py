@@ -333,7 +333,7 @@ REFUSED = {
     ),
     "a float": ({"output_size": 2.5}, TypeError, r"output_size must be an int known at trace time, got 2\.5"),
     "complex": ({"x": X.astype(np.complex64)}, TypeError, r"x must have a dtype of float32.* got complex64"),
-    "layout": ({"data_format": "NHWC"}, ValueError, r"data_format must be .* got 'NHWC'"),
+    "layout": ({"data_format": "HWCN"}, ValueError, r"data_format must be .* got 'HWCN'"),
     "path": (
         {"implementation": "gpu"},
         ValueError,
