@@ -354,7 +354,9 @@ class Switch:
     def __init__(self) -> None:
         # Part of the keys of JAX's caches from JAX 0.9 on; before, caches are cleared.
         make = getattr(jax, "make_user_context", None)
-        self._context = make(False) if make is not None else None
+        context = make(False) if make is not None else None
+        # The first ones, of JAX 0.8, have no value for the whole process.
+        self._context = context if hasattr(context, "set_global") else None
         self._value = False
 
     @property
