@@ -254,8 +254,16 @@ def test_a_serialised_executable_runs_where_the_package_is_imported(tmp_path):
 
 @pytest.mark.usefixtures("native")
 def test_the_import_starts_no_devices():
-    code = "import jax_mps; from jax._src import xla_bridge; print(xla_bridge.backends_are_initialized())"
-    assert finish(start(code)) == "False\n"
+    # There is no such platform: to start the devices raises an error.
+    code = """
+import jax, jax_mps
+print(jax_mps.native_available())
+try:
+    jax.devices()
+except RuntimeError:
+    print("started now")
+"""
+    assert finish(start(code, JAX_PLATFORMS="nowhere")) == "True\nstarted now\n"
 
 
 # --- source and library from different installations --------------------------------------------------
