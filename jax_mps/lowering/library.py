@@ -138,17 +138,20 @@ def _load(refusal: str) -> Status:
             f"the native library speaks FFI API 0.{minor}, the installed jaxlib 0.{_compat.ffi_api_minor()}",
             path,
         )
+    library.JaxMpsInstructionSet.restype = ctypes.c_char_p
+    instruction_set = library.JaxMpsInstructionSet().decode()
+    if not instruction_set:
+        return _refuse("the native library has no kernels for the instruction sets of this processor", path)
     try:
         for name, symbol in _HANDLERS.items():
             _compat.register_target(target(name), getattr(library, symbol))
     except Exception as error:
         return _refuse(f"XLA refused the native library: {error}", path)
-    library.JaxMpsInstructionSet.restype = ctypes.c_char_p
     return Status(
         available=True,
         reason="",
         path=str(path),
-        instruction_set=library.JaxMpsInstructionSet().decode(),
+        instruction_set=instruction_set,
         threads=library.JaxMpsThreads(),
         api_version=f"0.{minor}",
     )

@@ -4,6 +4,7 @@ import _ctypes
 import ctypes
 import functools
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -226,6 +227,17 @@ def test_a_library_newer_than_jaxlib_is_refused_with_one_warning(tmp_path):
     assert second.startswith(
         "jax_mps uses its StableHLO path on the CPU: the native library speaks FFI API 0."
     )
+
+
+@pytest.mark.skipif(
+    platform.machine() not in ("x86_64", "AMD64"), reason="the instruction sets are those of x86-64"
+)
+@pytest.mark.usefixtures("native")
+def test_an_older_processor_takes_stablehlo():
+    environment = {"JAX_MPS_NATIVE": "auto", "JAX_MPS_INSTRUCTION_SET": "x86-64-v2"}
+    first, second = finish(start(USE, **environment)).splitlines()
+    assert first == "False 40.0 4.0 1"
+    assert "has no kernels for the instruction sets of this processor" in second
 
 
 SAVED = """

@@ -51,7 +51,7 @@ def test_results_depend_neither_on_the_number_of_threads_nor_on_what_is_in_memor
 )
 @pytest.mark.usefixtures("native")
 def test_results_do_not_depend_on_the_instruction_set(tmp_path):
-    sets = ("x86-64-v2", "x86-64-v3", "x86-64-v4")
+    sets = ("x86-64-v3", "x86-64-v4")
     paths = [str(tmp_path / f"{name}.npz") for name in sets]
     running = [
         start(SAVE_RESULTS.format(path=path), JAX_MPS_INSTRUCTION_SET=name)

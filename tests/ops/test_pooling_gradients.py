@@ -63,7 +63,7 @@ def tangent(op, x, t, window_shape, data_format, **call):
 
 
 @pytest.mark.parametrize("op", OPS, ids=str)
-@grid.each_path
+@grid.each_case
 def test_first_derivatives(name, data_format, op, implementation):
     case = grid.CASES[name]
     images, g, t, results = derivatives(name, data_format, implementation)

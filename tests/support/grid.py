@@ -110,9 +110,14 @@ PATHS = [
     for data_format in FORMATS
     if implementation == "native" or data_format == "channels_last" or name in BOTH_LAYOUTS
 ]
-each_path = pytest.mark.parametrize(
-    ("implementation", "name", "data_format"), PATHS, indirect=["implementation"]
+_PATH = ("implementation", "name", "data_format")
+each_path = pytest.mark.parametrize(_PATH, PATHS, indirect=["implementation"])
+each_case = pytest.mark.parametrize(
+    _PATH,
+    [(path, name, FORMATS[i % 2]) for path in ("native", "xla") for i, name in enumerate(CASES)],
+    indirect=["implementation"],
 )
+"""Both paths of every case, in the one or the other layout."""
 
 
 class Op(NamedTuple):

@@ -24,28 +24,23 @@ bool HasV4() {
          __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 
-// The best of those that were built and that JAX_MPS_INSTRUCTION_SET allows; else the least of those that were built.
+// The best of those that were built, that this processor has, and that JAX_MPS_INSTRUCTION_SET allows; none if there is
+// no such one.
 InstructionSet Choose() {
   __builtin_cpu_init();
   const char* limit = std::getenv("JAX_MPS_INSTRUCTION_SET");
   const bool at_most_v2 = limit != nullptr && std::strcmp(limit, "x86-64-v2") == 0;
   const bool at_most_v3 = at_most_v2 || (limit != nullptr && std::strcmp(limit, "x86-64-v3") == 0);
-  const bool v3 = HasV3() && !at_most_v2, v4 = HasV4() && !at_most_v3;
 #ifdef JAX_MPS_HAS_x86_64_v4
-  const InstructionSet of_v4 = {"x86-64-v4", x86_64_v4::Execute, x86_64_v4::Execute};
-  if (v4) return of_v4;
+  if (HasV4() && !at_most_v3) return {"x86-64-v4", x86_64_v4::Execute, x86_64_v4::Execute};
 #endif
 #ifdef JAX_MPS_HAS_x86_64_v3
-  const InstructionSet of_v3 = {"x86-64-v3", x86_64_v3::Execute, x86_64_v3::Execute};
-  if (v3) return of_v3;
+  if (HasV3() && !at_most_v2) return {"x86-64-v3", x86_64_v3::Execute, x86_64_v3::Execute};
 #endif
-  static_cast<void>(v3), static_cast<void>(v4);
-#if defined(JAX_MPS_HAS_x86_64_v2)
+#ifdef JAX_MPS_HAS_x86_64_v2
   return {"x86-64-v2", x86_64_v2::Execute, x86_64_v2::Execute};
-#elif defined(JAX_MPS_HAS_x86_64_v3)
-  return of_v3;
 #else
-  return of_v4;
+  return {"", nullptr, nullptr};
 #endif
 }
 #elif defined(__aarch64__)
