@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -115,6 +115,33 @@ def neighbours(axis: Axis) -> list[tuple[int, np.ndarray]]:
         hit = (distance % axis.dilation == 0) & (distance < axis.extent)
         found.append((j, np.where(hit, distance // axis.dilation, -1).astype(np.int32)))
     return found
+
+
+def nth_window(axis: Axis, j: int) -> tuple[Array, Array]:
+    """For every pixel, the window `j` blocks before its own (see `neighbours`), and which of its taps it is.
+
+    Where there is no such window, or the pixel is none of its taps, that is -1, and the window any.
+    """
+    place = lax.iota(np.int32, axis.size) + np.int32(axis.low)
+    window = lax.div(place, np.int32(axis.stride)) - np.int32(j)
+    distance = place - window * np.int32(axis.stride)
+    tap = lax.div(distance, np.int32(axis.dilation))
+    hit = (distance == tap * np.int32(axis.dilation)) & (tap >= 0) & (tap < axis.taps)
+    hit &= (window >= 0) & (window < axis.windows)
+    inside = lax.clamp(np.int32(0), window, np.int32(axis.windows - 1))
+    return inside, lax.select(hit, tap, lax.full_like(tap, -1))
+
+
+def pixels_at(arrays: Sequence[Array], places: Sequence[Array], start: int) -> list[Array]:
+    """Reads arrays at the grid of these places, one vector an axis."""
+    rank, shape = len(places), tuple(place.shape[0] for place in places)
+    grid = concatenate([lax.broadcast_in_dim(a, (*shape, 1), (i,)) for i, a in enumerate(places)], rank)
+    spatial = tuple(range(start, start + rank))
+    others = tuple(i for i in range(arrays[0].ndim) if i not in spatial)
+    slices = [1 if i in spatial else n for i, n in enumerate(arrays[0].shape)]
+    numbers = lax.GatherDimensionNumbers(others, spatial, spatial)
+    inside = lax.GatherScatterMode.PROMISE_IN_BOUNDS
+    return [lax.gather(x, grid, numbers, slices, mode=inside) for x in arrays]
 
 
 def spread(parts: Mapping[int, Array], count: int, dim: int) -> Array:

@@ -41,11 +41,11 @@ POOLS = {"max": jax_mps.max_pool, "avg": jax_mps.avg_pool, "l2": jax_mps.l2_pool
 # --- reading programs ---------------------------------------------------------------------------------
 
 
-def check_is_portable(lowered: Any) -> None:
+def check_is_portable(lowered: Any, platform: str = "") -> None:
     found = operations(lowered)
     names = {operation.name for operation in found}
     assert any(name.startswith("stablehlo.") for name in names), names
-    assert not names & FORBIDDEN
+    assert not names & FORBIDDEN - ({"stablehlo.gather"} if platform == "cuda" else set())
     assert not {name for name in names if name.startswith(("chlo.", "mhlo."))}
     for operation in found:
         if operation.name == "stablehlo.pad":
@@ -125,7 +125,43 @@ def test_every_platform_gets_only_operations_that_all_have(kind, window, platfor
     spatial = {1: (40,), 2: (25, 26), 3: (7, 8, 9)}[len(keywords["window_shape"])]
     forward = Program(function, (jax.ShapeDtypeStruct((2, *spatial, 3), np.float32),))
     for program in ({"both results": forward} | programs(pool, (2, *spatial, 3))).values():
-        check_is_portable(program.lower(platform))
+        check_is_portable(program.lower(platform), platform)
+
+
+@pytest.mark.parametrize(
+    ("name", "data_format"), [(n, grid.FORMATS[i % 2]) for i, n in enumerate(grid.CASES)]
+)
+def test_indices_and_gradients_of_cuda_have_the_same_values(name, data_format, monkeypatch):
+    """All taps in one pass, and values that every pixel reads, run on the CPU."""
+    monkeypatch.setattr("jax_mps.lowering.rule.platform_of", lambda ctx: "cuda")
+    case = grid.CASES[name]
+    shape = case.shape(data_format)
+    call = {**case.geometry, "data_format": data_format}
+    x = oracle.tied(shape, np.dtype("float32"))
+    x.flat[::7], x.flat[3::11], x.flat[5::13] = np.nan, -np.inf, np.inf
+    pool = functools.partial(
+        jax_mps.max_pool, window_shape=case.window_shape, return_indices=True, implementation="xla", **call
+    )
+
+    @jax.jit
+    def run(x: Any, g: Any) -> Any:
+        y, pull_back, at = jax.vjp(pool, x, has_aux=True)
+        return y, at, *pull_back(g)
+
+    value, at = oracle.max_pool(x, case.window_shape, **call)
+    g = oracle.normal(value.shape, seed=1)
+    found = run(x, g)
+    for a, e in zip(found[:2], (value, at), strict=True):
+        oracle.assert_same(a, e)
+    expected = grid.MAX.oracle_gradient(g, x, case.window_shape, **call)
+    oracle.assert_close(found[2], expected, length=case.taps)
+    for op in grid.OPS:
+        if op is not grid.MAX:
+            x, more = op.image(shape, np.float32), {**call, **op.options}
+            expected = op.oracle_gradient(g, x, case.window_shape, **more)
+            scale = op.gradient_error(g, x, case.window_shape, **more)
+            dx = op.gradient(g, x, case.window_shape, **more, implementation="xla")
+            oracle.assert_close(dx, expected, length=case.taps, scale=scale)
 
 
 @pytest.mark.parametrize("data_format", grid.FORMATS)
@@ -168,7 +204,7 @@ def test_every_dtype_gets_only_operations_that_all_have(dtype, platform):
     if jnp.issubdtype(x.dtype, jnp.floating):
         for pool in POOLS.values():
             for program in programs(functools.partial(pool, **window), x.shape, x.dtype).values():
-                check_is_portable(program.lower(platform))
+                check_is_portable(program.lower(platform), platform)
 
 
 @pytest.mark.parametrize("platform", PLATFORMS)
@@ -176,7 +212,7 @@ def test_gradient_kernels_get_only_operations_that_all_have(platform):
     window = {"window_shape": 3, "strides": 2, "padding": 1}
     x, g = (jax.ShapeDtypeStruct((2, n, n, 3), np.float32) for n in (16, 8))
     for kernel in (jax_mps.max_pool_gradient, jax_mps.l2_pool_gradient):
-        check_is_portable(lower(functools.partial(kernel, **window), g, x, platform=platform))
+        check_is_portable(lower(functools.partial(kernel, **window), g, x, platform=platform), platform)
     check_is_portable(lower(lambda g: jax_mps.avg_pool_gradient(g, x.shape, **window), g, platform=platform))
 
 
@@ -207,7 +243,7 @@ def test_forcing_the_native_path_elsewhere_is_an_error(implementation):
         with pytest.raises(ValueError, match=r"implementation='native' cannot be had on cuda"):
             lower(f, x, platform="cuda")
     else:
-        check_is_portable(lower(f, x, platform="cuda"))
+        check_is_portable(lower(f, x, platform="cuda"), "cuda")
 
 
 def test_implementation_xla_keeps_kernels_out_of_the_cpu():
@@ -259,7 +295,7 @@ def test_programs_of_named_shapes_are_short(shape, mode):
         padding=shape.padding,
         window_dilation=shape.dilation,
     )
-    assert size(programs(pool, shape.source_shape)[mode].lower("cuda")) < 400
+    assert size(programs(pool, shape.source_shape)[mode].lower("cuda")) < 600
 
 
 def test_program_does_not_depend_on_the_image_for_small_windows():

@@ -26,7 +26,7 @@ def avg_pool(x: Array, *, window: Window, start: int, divisor: Divisor, platform
 @few_axes_on_apple
 def avg_pool_gradient(g: Array, *, window: Window, start: int, divisor: Divisor, platform: Platform) -> Array:
     quotient = _divide(lax.convert_element_type(g, accumulator(g.dtype)), window, start, divisor)
-    return lax.convert_element_type(sum_of_windows(quotient, window, start), g.dtype)
+    return lax.convert_element_type(sum_of_windows(quotient, window, start, platform), g.dtype)
 
 
 def _divide(x: Array, window: Window, start: int, divisor: Divisor) -> Array:

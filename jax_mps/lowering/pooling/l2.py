@@ -103,7 +103,7 @@ def l2_pool_gradient(
         """What the windows that are served contribute, their norms scaled by a power of two."""
         norm = lax.select(served, y * _power(y, scale), lax.full_like(y, 1))
         quotient = lax.select(served, g / norm, zero)
-        return image * sum_of_windows(quotient, window, start) * _power(image, scale)
+        return image * sum_of_windows(quotient, window, start, platform) * _power(image, scale)
 
     if x.dtype == np.float16:
         dx = term(lax.ne(y, zero), 0)

@@ -16,7 +16,7 @@ from jax_mps.lowering.rule import Platform
 
 Array = Any
 
-_AT_ONCE = 9
+AT_ONCE = 9
 """Taps of a window up to which one pass over all of them can beat a pass an axis."""
 
 
@@ -39,4 +39,4 @@ def _at_once_on_cuda(x: Array, window: Window) -> bool:
     73 and 98 (dilated, `aspp`), 40 and 44 (`inception_max`); of bfloat16 75 and 60, 40 and 33; with stride 2
     95 and 91 (`resnet_stem`); 5 x 5 windows 219 and 106.
     """
-    return window.taps <= _AT_ONCE and x.dtype.itemsize >= 4 and all(a.stride == 1 for a in window.axes)
+    return window.taps <= AT_ONCE and x.dtype.itemsize >= 4 and all(a.stride == 1 for a in window.axes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from jax import lax
@@ -12,13 +13,16 @@ from jax_mps.lowering.axes import (
     cut,
     neighbours,
     nth_before,
+    nth_window,
+    pixels_at,
     repeat,
     resize,
     unblock,
     uncover,
 )
 from jax_mps.lowering.pooling.fold import CHAIN, State, fold, fold_window
-from jax_mps.lowering.pooling.values import reduce_sum
+from jax_mps.lowering.pooling.values import full, reduce_sum
+from jax_mps.lowering.rule import Platform
 
 Array = Any
 
@@ -35,18 +39,19 @@ def sums_of_taps(state: State, window: Window, start: int) -> State:
     return fold_window(state, window, start, add, (0,) * len(state), reduce=reduce_sum)
 
 
-def sum_of_windows(g: Array, window: Window, start: int) -> Array:
+def sum_of_windows(g: Array, window: Window, start: int, platform: Platform) -> Array:
     """The transpose of `sum_of_taps`."""
     for i, axis in enumerate(window.axes):
-        g = _sum_of_windows(g, axis, start + i)
+        g = _sum_of_windows(g, axis, start + i, platform)
     return g
 
 
-def _sum_of_windows(g: Array, axis: Axis, dim: int) -> Array:
+def _sum_of_windows(g: Array, axis: Axis, dim: int, platform: Platform) -> Array:
     """Along one axis."""
     if axis.stride > 1:
         if blocks_reached(axis).size <= CHAIN:
-            return _by_neighbours(g, axis, dim)
+            reads = platform == "cuda" and axis.is_static()
+            return _by_reading(g, axis, dim) if reads else _by_neighbours(g, axis, dim)
         g = _with_stride_1(g, axis, dim)
     # With stride 1, the windows of a pixel are a window themselves, as long as its taps reach.
     reach = (axis.taps - 1) * axis.dilation
@@ -65,6 +70,17 @@ def _by_neighbours(g: Array, axis: Axis, dim: int) -> Array:
             term = lax.select(hit, term, lax.full_like(term, 0))
         total = term if total is None else total + term
     return unblock(total, axis, dim)
+
+
+def _by_reading(g: Array, axis: Axis, dim: int) -> Array:
+    """The same with reads at computed places: on CUDA one kernel for all axes, in half of the time."""
+    terms = []
+    for j in blocks_reached(axis).tolist():
+        place, tap = nth_window(axis, j)
+        (term,) = pixels_at((g,), (place,), dim)
+        hit = lax.broadcast_in_dim(lax.ge(tap, full(tap, 0)), term.shape, (dim,))
+        terms.append(lax.select(hit, term, lax.full_like(term, 0)))
+    return functools.reduce(lax.add, terms)
 
 
 def _with_stride_1(g: Array, axis: Axis, dim: int) -> Array:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +13,16 @@ from jax import lax
 
 from jax_mps.geometry import Window
 from jax_mps.lowering.apple import MAX_OPERANDS
-from jax_mps.lowering.axes import add_up, blocks_reached, disjoint, neighbours, nth_before, unblock
+from jax_mps.lowering.axes import (
+    add_up,
+    blocks_reached,
+    disjoint,
+    neighbours,
+    nth_before,
+    nth_window,
+    pixels_at,
+    unblock,
+)
 from jax_mps.lowering.pooling.few_axes import few_axes_on_apple
 from jax_mps.lowering.pooling.fold import State
 from jax_mps.lowering.pooling.tap_routes import Routes
@@ -31,6 +42,9 @@ _APPLE_TAPS = 6
 
 _WINDOWS = 9
 """Windows that reach a pixel, up to which each is compared, whatever axis it is on."""
+
+_WINDOWS_READ = 25
+"""The same where each is read at its place."""
 
 
 @few_axes_on_apple
@@ -69,11 +83,42 @@ def max_pool_put(
     dtype = g.dtype
     g = lax.convert_element_type(g, accumulator(dtype))
     tap_index = lax.convert_element_type(tap_index, np.int32)
-    if total_order and math.prod(blocks_reached(axis).size for axis in window.axes) > _WINDOWS:
+    windows = math.prod(blocks_reached(axis).size for axis in window.axes)
+    reads = platform == "cuda" and window.is_static()
+    if total_order and windows > (_WINDOWS_READ if reads else _WINDOWS):
         image = Routes(tap_index, window, start).put(g)
+    elif reads:
+        image = _put_by_reading(g, tap_index, window, start)
     else:
         image = _put_by_phases(g, tap_index, window, start, platform)
     return lax.convert_element_type(image, dtype)
+
+
+def _put_by_reading(g: Array, tap_index: Array, window: Window, start: int) -> Array:
+    """Every pixel reads the value and the choice of each window that reaches it, and compares.
+
+    On CUDA all of it is one kernel, whose reads at computed places take half of the time of padded and
+    interleaved arrays.
+    """
+    around = [[nth_window(axis, j) for j in blocks_reached(axis).tolist()] for axis in window.axes]
+    terms, spatial = [], tuple(range(start, start + window.rank))
+    for reached in itertools.product(*around):
+        places, taps = zip(*reached, strict=True)
+        value, chosen = pixels_at((g, tap_index), places, start)
+        own = lax.broadcast_in_dim(_joined(taps, window), chosen.shape, spatial)
+        terms.append(lax.select(lax.eq(chosen, own), value, lax.full_like(value, 0)))
+    return functools.reduce(lax.add, terms)
+
+
+def _joined(taps: Sequence[Array], window: Window) -> Array:
+    """The index of a tap from its number along each axis, for all pixels; negative if one of these is."""
+    index, least = taps[0], taps[0]
+    for axis, tap in zip(window.axes[1:], taps[1:], strict=True):
+        shape = (*index.shape, *tap.shape)
+        index, least = (lax.broadcast_in_dim(a, shape, tuple(range(index.ndim))) for a in (index, least))
+        tap = lax.broadcast_in_dim(tap, shape, (len(shape) - 1,))
+        index, least = index * full(index, axis.taps) + tap, lax.min(least, tap)
+    return index if len(taps) == 1 else lax.select(lax.lt(least, full(least, 0)), least, index)
 
 
 def _put_by_phases(

@@ -13,7 +13,8 @@ from jax_mps.geometry import Axis, Dim, Window, surely_below
 from jax_mps.lowering.axes import disjoint, resize
 from jax_mps.lowering.pooling.few_axes import few_axes_on_apple
 from jax_mps.lowering.pooling.fold import CHAIN, Combine, State, fold
-from jax_mps.lowering.pooling.taps import all_blocks, over_blocks, tap_indices
+from jax_mps.lowering.pooling.max import AT_ONCE
+from jax_mps.lowering.pooling.taps import all_blocks, each_tap, over_blocks, tap_indices
 from jax_mps.lowering.pooling.values import counting, full, has_nan, lowest, reduce_max
 from jax_mps.lowering.rule import Platform
 
@@ -32,13 +33,26 @@ def max_pool_with_tap_index(x: Array, *, window: Window, start: int, platform: P
 
 def _argmax(x: Array, window: Window, start: int, platform: Platform) -> State:
     """The maximum of every window, and the index of the first tap that has it."""
-    if all(map(disjoint, window.axes)):
+    if platform == "cuda" and window.taps <= AT_ONCE:
+        value, tap_index = _argmax_of_all_taps(x, window, start)
+    elif all(map(disjoint, window.axes)):
         value, tap_index = _argmax_of_blocks(x, window, start)
     else:  # two arrays a tap
         chain = CHAIN // 2 if platform == "apple" else CHAIN
         value, tap_index = _argmax_by_axis(x, window, start, chain)
-    tap_index = _inside(tap_index, window, start)
+    tap_index = _inside(lax.convert_element_type(tap_index, np.int32), window, start)
     return value, lax.convert_element_type(tap_index, window.tap_dtype)
+
+
+def _argmax_of_all_taps(x: Array, window: Window, start: int) -> State:
+    """All taps in one pass: on CUDA half of the time of a pass an axis, whose indices are written between."""
+    later, dtype = _first_greater(1), window.tap_dtype
+    seen = each_tap(x, window, start, lowest(x.dtype))
+    states = ((value, lax.full_like(value, 0, dtype=dtype)) for value in seen)
+    state = next(states)
+    for k, other in enumerate(states, 1):
+        state = later(state, other, k)
+    return state
 
 
 def _argmax_of_blocks(x: Array, window: Window, start: int) -> State:
