@@ -1,4 +1,4 @@
-"""The taps of every window combined, one axis after the other."""
+"""The taps of every window combined, one axis after the other or all in one pass."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 from jax_mps.geometry import Axis, Window
 from jax_mps.lowering.axes import cover, cut, disjoint, split_windows, tap_of
+from jax_mps.lowering.pooling.taps import each_tap
 
 Array = Any
 State = tuple[Array, ...]
@@ -14,6 +15,9 @@ Combine = Callable[[State, State, int], State]
 
 CHAIN = 8
 """Taps of an axis up to which strided slices are cheaper than doubling."""
+
+AT_ONCE = 9
+"""Taps of a window up to which one pass over all of them can beat a pass an axis, on CUDA."""
 
 
 def fold(
@@ -57,6 +61,15 @@ def fold_window(
     for i in reversed(range(window.rank)):
         state = fold(state, window.axes[i], start + i, combine, fill, **options)
     return state
+
+
+def in_one_pass(state: State, window: Window, start: int, combine: Combine, fill: State) -> State:
+    """The same for functions of which the whole window is one run of taps."""
+    taps = zip(*(each_tap(x, window, start, f) for x, f in zip(state, fill, strict=True)), strict=True)
+    result: State = next(taps)
+    for k, tap in enumerate(taps, 1):
+        result = combine(result, tap, k)
+    return result
 
 
 def _tap_by_tap(state: State, axis: Axis, dim: int, combine: Combine) -> State:

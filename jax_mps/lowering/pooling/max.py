@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 from jax import lax
 
 from jax_mps.geometry import Window
 from jax_mps.lowering.pooling.few_axes import few_axes_on_apple
-from jax_mps.lowering.pooling.fold import State, fold_window
-from jax_mps.lowering.pooling.taps import each_tap
+from jax_mps.lowering.pooling.fold import AT_ONCE, State, fold_window, in_one_pass
 from jax_mps.lowering.pooling.values import lowest, reduce_max
 from jax_mps.lowering.rule import Platform
 
 Array = Any
 
-AT_ONCE = 9
-"""Taps of a window up to which one pass over all of them can beat a pass an axis."""
-
 
 @few_axes_on_apple
 def max_pool(x: Array, *, window: Window, start: int, platform: Platform) -> Array:
-    if platform == "cuda" and _at_once_on_cuda(x, window):
-        return functools.reduce(lax.max, each_tap(x, window, start, lowest(x.dtype)))
     fill = (lowest(x.dtype),)
+    if platform == "cuda" and _at_once_on_cuda(x, window):
+        return in_one_pass((x,), window, start, _greater, fill)[0]
     return fold_window((x,), window, start, _greater, fill, reduce=reduce_max, idempotent=True)[0]
 
 

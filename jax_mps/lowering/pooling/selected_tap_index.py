@@ -17,7 +17,7 @@ from jax import lax
 
 from jax_mps.geometry import Window
 from jax_mps.lowering.pooling.few_axes import few_axes_on_apple
-from jax_mps.lowering.pooling.fold import CHAIN, Combine, State, fold
+from jax_mps.lowering.pooling.fold import AT_ONCE, CHAIN, Combine, State, fold, in_one_pass
 from jax_mps.lowering.pooling.values import full
 from jax_mps.lowering.rule import Platform
 
@@ -31,12 +31,16 @@ def max_pool_selected_tap_index(
     # Of a run of taps: the selected value, its index or -1 for padding, and whether a NaN is among them.
     broken = lax.convert_element_type(lax.ne(x, x), np.int32)
     state: State = (x, lax.full_like(x, 0, dtype=np.int32), broken)
-    chain = CHAIN // 2 if platform == "apple" else CHAIN  # three arrays a tap
-    unit = 1  # what the index grows by from one tap of the axis to the next
-    for i in reversed(range(window.rank)):
-        axis, combine = window.axes[i], _search_on(unit, with_padding)
-        state = fold(state, axis, start + i, combine, (-np.inf, -1, 0), idempotent=True, chain=chain)
-        unit *= axis.taps
+    fill = (-np.inf, -1, 0)
+    if platform == "cuda" and window.taps <= AT_ONCE:
+        state = in_one_pass(state, window, start, _search_on(1, with_padding), fill)
+    else:
+        chain = CHAIN // 2 if platform == "apple" else CHAIN  # three arrays a tap
+        unit = 1  # what the index grows by from one tap of the axis to the next
+        for i in reversed(range(window.rank)):
+            axis, combine = window.axes[i], _search_on(unit, with_padding)
+            state = fold(state, axis, start + i, combine, fill, idempotent=True, chain=chain)
+            unit *= axis.taps
     value, index, broken = state
     if not with_padding:  # -inf before the window stays selected while the taps are no greater
         nothing = lax.bitwise_and(lax.eq(value, full(value, -np.inf)), lax.eq(broken, full(broken, 0)))

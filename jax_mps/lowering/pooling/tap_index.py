@@ -12,9 +12,8 @@ from jax import lax
 from jax_mps.geometry import Axis, Dim, Window, surely_below
 from jax_mps.lowering.axes import disjoint, resize
 from jax_mps.lowering.pooling.few_axes import few_axes_on_apple
-from jax_mps.lowering.pooling.fold import CHAIN, Combine, State, fold
-from jax_mps.lowering.pooling.max import AT_ONCE
-from jax_mps.lowering.pooling.taps import all_blocks, each_tap, over_blocks, tap_indices
+from jax_mps.lowering.pooling.fold import AT_ONCE, CHAIN, Combine, State, fold, in_one_pass
+from jax_mps.lowering.pooling.taps import all_blocks, over_blocks, tap_indices
 from jax_mps.lowering.pooling.values import counting, full, has_nan, lowest, reduce_max
 from jax_mps.lowering.rule import Platform
 
@@ -34,7 +33,7 @@ def max_pool_with_tap_index(x: Array, *, window: Window, start: int, platform: P
 def _argmax(x: Array, window: Window, start: int, platform: Platform) -> State:
     """The maximum of every window, and the index of the first tap that has it."""
     if platform == "cuda" and window.taps <= AT_ONCE:
-        value, tap_index = _argmax_of_all_taps(x, window, start)
+        value, tap_index = _argmax_in_one_pass(x, window, start)
     elif all(map(disjoint, window.axes)):
         value, tap_index = _argmax_of_blocks(x, window, start)
     else:  # two arrays a tap
@@ -44,15 +43,10 @@ def _argmax(x: Array, window: Window, start: int, platform: Platform) -> State:
     return value, lax.convert_element_type(tap_index, window.tap_dtype)
 
 
-def _argmax_of_all_taps(x: Array, window: Window, start: int) -> State:
-    """All taps in one pass: on CUDA half of the time of a pass an axis, whose indices are written between."""
-    later, dtype = _first_greater(1), window.tap_dtype
-    seen = each_tap(x, window, start, lowest(x.dtype))
-    states = ((value, lax.full_like(value, 0, dtype=dtype)) for value in seen)
-    state = next(states)
-    for k, other in enumerate(states, 1):
-        state = later(state, other, k)
-    return state
+def _argmax_in_one_pass(x: Array, window: Window, start: int) -> State:
+    """On CUDA half of the time of a pass an axis, between which indices are written."""
+    state = (x, lax.full_like(x, 0, dtype=window.tap_dtype))
+    return in_one_pass(state, window, start, _first_greater(1), (lowest(x.dtype), 0))
 
 
 def _argmax_of_blocks(x: Array, window: Window, start: int) -> State:
