@@ -6,7 +6,8 @@ CPU: float32, two cores of a Xeon (Emerald Rapids) with AVX-512, JAX 0.11.2, 202
 of ResNet, MobileNet, ConvNeXt, U-Net and GAN models, 8 or 4 images.
 
 CUDA: float32 and bfloat16, an H200, JAX 0.11.2, 2026-11-29, over 652 operations of training steps of ResNet,
-MobileNet, ConvNeXt, U-Net, GAN, HiFi-GAN, TCN, state-space and 3-D U-Net models, 2 to 256 images.
+MobileNet, ConvNeXt, U-Net, GAN, HiFi-GAN, TCN, state-space and 3-D U-Net models, 2 to 256 images; of
+poolings, 7 shapes of 64 to 256 images in both types.
 
 Apple's plugins have no other way: stock JAX lowers to operations that they do not all have.
 """
@@ -14,10 +15,12 @@ Apple's plugins have no other way: stock JAX lowers to operations that they do n
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import numpy as np
 
+from jax_mps.lowering.axes import blocks_reached
 from jax_mps.lowering.rule import Platform
 from jax_mps.stock import apple, convolution, windows
 
@@ -72,6 +75,12 @@ def _large_depthwise(reading: convolution.Reading) -> bool:
     return depthwise and reading.window.taps >= 25 and reading.params["out_dtype"] == np.float32
 
 
+def _many_windows(reading: windows.Reading) -> bool:
+    """More than nine windows that have a pixel, in float32."""
+    found = math.prod(blocks_reached(axis).size for axis in reading.window.axes)
+    return found > 9 and reading.dtype == np.float32
+
+
 CPU: tuple[Choice, ...] = (
     Choice("gradient_data", _single_sums, False, "1 x 1, 32 channels to 1, 128 x 128 pixels: 0.85"),
     Choice("gradient_data", _always, True, "1.1 to 4 dense, 11 to 95 depthwise, 11 to 38 along three axes"),
@@ -97,10 +106,11 @@ CUDA: tuple[Choice, ...] = (
     Choice("gradient_weights", _always, False, "cuDNN computes both; 1 x 1 as above"),
     Choice("maximum", _always, False, "1.0"),
     Choice("minimum", _always, False, "as the maximum, with two negations"),
-    Choice("sum", _always, False, "0.8 to 1.7, in the mean 1.1"),
-    Choice("spread sum", _always, True, "1.0 to 3.5"),
-    Choice("scatter", _always, True, "1.15 to 1.8"),
-    Choice("gather", _always, False, "not measured"),
+    Choice("sum", _always, False, "0.7 to 1.8, of float32 with small windows 1.0"),
+    Choice("spread sum", _always, True, "1.5 to 4.3"),
+    Choice("scatter", _many_windows, False, "of float32, 25 windows a pixel 0.8, 81 windows 0.1"),
+    Choice("scatter", _always, True, "1.15 to 3.7"),
+    Choice("gather", _always, False, "0.2 to 0.55"),
 )
 
 

@@ -44,6 +44,7 @@ class Reading:
       start: the first axis that they cover.
       operands: the shapes of our operands.
       result: the shape of the stock result.
+      dtype: its type.
       function: our operation, of the operands, the windows and `start`.
     """
 
@@ -52,6 +53,7 @@ class Reading:
     start: int
     operands: tuple[tuple[int, ...], ...]
     result: tuple[int, ...]
+    dtype: Any
     function: Callable[..., Array]
 
     def __call__(self, *operands: Array) -> Array:
@@ -108,7 +110,7 @@ def recognise_sum(
     dims, dilation = params["window_dimensions"], params["window_dilation"]
     lows = [d * (k - 1) - low for k, d, (low, _) in zip(dims, dilation, padding, strict=True)]
     columns = (out.shape, dims, base, dilation, lows, x.shape)
-    return _reading("spread sum", columns, out.shape, _spread, image_first=False)
+    return _reading("spread sum", columns, out, _spread, image_first=False)
 
 
 def recognise_scatter(source: Any, operand: Any, out: Any, params: dict[str, Any]) -> Reading | str:
@@ -146,7 +148,7 @@ def _reduction(
         return f"dtype {x.dtype.name}, ours are {', '.join(dtypes)}"
     if any(b != 1 for b in params["base_dilation"]):
         return "base_dilation above 1"
-    return _reading(name, _columns(x.shape, out.shape, params), out.shape, function)
+    return _reading(name, _columns(x.shape, out.shape, params), out, function)
 
 
 def _selection(
@@ -163,7 +165,7 @@ def _selection(
     def select(moved: Array, operand: Array, window: Window, start: int) -> Array:
         return function(moved, _negated(operand) if minimum else operand, window, start)
 
-    reading = _reading(name, _columns(operand.shape, pooled.shape, params), out.shape, select)
+    reading = _reading(name, _columns(operand.shape, pooled.shape, params), out, select)
     if isinstance(reading, str):
         return reading
     (image,) = reading.operands
@@ -186,7 +188,7 @@ def _pooled_shape(image: Sequence[int], window: Window, start: int) -> tuple[int
 def _reading(
     name: str,
     columns: tuple[Sequence[int], ...],
-    result: Sequence[int],
+    out: Any,
     function: Callable[..., Array],
     *,
     image_first: bool = True,
@@ -208,7 +210,7 @@ def _reading(
     window = Window(tuple(inside))
     image = tuple(a.size for a in (*axes[:start], *inside, *axes[end:]))
     operand = image if image_first else _pooled_shape(image, window, start)
-    return Reading(name, window, start, (operand,), tuple(result), function)
+    return Reading(name, window, start, (operand,), tuple(out.shape), out.dtype, function)
 
 
 def _is_plain(axis: Axis) -> bool:

@@ -51,8 +51,12 @@ def convolve(x: Any, k: Any, strides: Any = 1, groups: int = 1, dilation: int = 
     )
 
 
-def largest(x: Any) -> Any:
-    return lax.reduce_window(x, -np.inf, lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
+def largest(x: Any, window: int = 2, stride: int = 2) -> Any:
+    return lax.reduce_window(x, -np.inf, lax.max, (1, window, window, 1), (1, stride, stride, 1), "VALID")
+
+
+def sums(x: Any) -> Any:
+    return lax.reduce_window(x, 0.0, lax.add, (1, 3, 3, 1), (1, 2, 2, 1), "VALID")
 
 
 IMAGE, LINE, VOLUME = (2, 16, 16, 8), (2, 64, 8), (1, 8, 8, 8, 4)
@@ -68,6 +72,8 @@ ON_CUDA: dict[str, tuple[Callable[..., Any], tuple[tuple[int, ...], ...], list[b
     "transposed": (functools.partial(convolve, expand=2), (IMAGE, (4, 4, 8, 8)), [True, False, True]),
     "3-D transposed": (functools.partial(convolve, expand=2), (VOLUME, (2, 2, 2, 4, 4)), [True, False, True]),
     "maximum": (largest, (IMAGE,), [False, True]),
+    "large maximum": (functools.partial(largest, window=5, stride=1), (IMAGE,), [False, False]),
+    "sum": (sums, (IMAGE,), [False, True]),
 }
 
 
@@ -82,6 +88,12 @@ def test_half_precision_keeps_large_depthwise_gradients_stock_on_cuda() -> None:
     f = functools.partial(with_gradients, functools.partial(convolve, groups=8))
     _, rows = lower("cuda", f, array(*IMAGE, dtype=jnp.bfloat16), array(7, 7, 1, 8, dtype=jnp.bfloat16))
     assert not any(row.ours for row in rows)
+
+
+def test_half_precision_replaces_gradients_of_large_maxima_on_cuda() -> None:
+    f = functools.partial(with_gradients, functools.partial(largest, window=5, stride=1))
+    _, rows = lower("cuda", f, array(*IMAGE, dtype=jnp.bfloat16))
+    assert [row.ours for row in rows if row.operation == "select_and_scatter_add"] == [True]
 
 
 def test_other_platforms_stay_stock() -> None:

@@ -84,11 +84,10 @@ def max_pool_put(
     g = lax.convert_element_type(g, accumulator(dtype))
     tap_index = lax.convert_element_type(tap_index, np.int32)
     windows = math.prod(blocks_reached(axis).size for axis in window.axes)
-    reads = platform == "cuda" and window.is_static()
-    if total_order and windows > (_WINDOWS_READ if reads else _WINDOWS):
-        image = Routes(tap_index, window, start).put(g)
-    elif reads:
+    if platform == "cuda" and windows <= _WINDOWS_READ and window.is_static():
         image = _put_by_reading(g, tap_index, window, start)
+    elif total_order and windows > _WINDOWS:
+        image = Routes(tap_index, window, start).put(g)
     else:
         image = _put_by_phases(g, tap_index, window, start, platform)
     return lax.convert_element_type(image, dtype)
