@@ -149,7 +149,7 @@ def test_bench_checks_times_and_writes_json(tmp_path):
     assert report["versions"]["jax"] == metadata.version("jax")
     assert report["copy_gbs"] > 0
     assert not report["pages_kept"]
-    assert [r["op"] for r in report["results"]] == ["forward", "gradient", "gradient_kernel", "step"]
+    assert [r["op"] for r in report["results"]] == ["forward", "keep", "pull_back", "step", "gradient_kernel"]
     for result in report["results"]:
         assert result["shape"] == "global"
         assert result["description"] == "avg 32x7x7x512 k7 s7"

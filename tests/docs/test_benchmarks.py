@@ -15,9 +15,9 @@ SOURCES = sorted((ROOT / "docs" / "benchmarks").glob("*.json"))
 
 # What the README calls a row of epyc.json.
 OPERATIONS = {
-    "max pooling": "gradient",
-    "average pooling": "gradient",
-    "L2 pooling": "gradient",
+    "max pooling": "pull_back",
+    "average pooling": "pull_back",
+    "L2 pooling": "pull_back",
     "transposed convolution, weights": "gradient_weights",
     "the same, depthwise": "gradient_weights",
     "training step of a whole network": "train_step",

@@ -1,4 +1,4 @@
-"""Times the named shapes beside stock JAX and PyTorch, after checking that all compute the same.
+"""Times named or random shapes beside stock JAX and PyTorch, after checking that all compute the same.
 
 Everyone has a turn in every round, in one process and with as many threads as there are cores; medians
 and quartiles of the rounds are kept. The bandwidth of pooling counts what must be moved at least, each
@@ -24,11 +24,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_mps.cli import info
-from jax_mps.cli.bench import report, runner
+from jax_mps.cli.bench import report, runner, training
 from jax_mps.cli.bench.conv_transpose import ConvTranspose
 from jax_mps.cli.bench.models.family import Models
 from jax_mps.cli.bench.networks import Networks
-from jax_mps.cli.bench.pooling import Pooling
+from jax_mps.cli.bench.pooling import Pooling, pooling_case
+from jax_mps.cli.bench.random_shapes import random_pooling
 from jax_mps.cli.extras import missing
 from jax_mps.lowering import library
 
@@ -61,7 +62,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     add("--shapes", shapes, shapes, "named shapes")
     add("--ops", ops, ops, "operations")
+    others = parser.add_mutually_exclusive_group()
+    others.add_argument(
+        "--random",
+        type=_positive,
+        metavar="N",
+        help=f"instead of named shapes, that many random poolings and what training runs of them: "
+        f"{', '.join(training.OPS)}",
+    )
     parser.add_argument(
+        "--seed", type=int, default=0, metavar="S", help="of the shapes of --random (default: 0)"
+    )
+    others.add_argument(
         "--models",
         nargs="*",
         choices=Models.shapes,
@@ -114,6 +126,9 @@ def run(options: argparse.Namespace) -> int:
     if options.models is not None and (options.dtypes, options.layouts) != (["float32"], ["channels_last"]):
         print("jax_mps: the networks are float32, channels last", file=sys.stderr)
         return 2
+    if options.random and (options.batch or options.layouts != ["channels_last"]):
+        print("jax_mps: random shapes have layouts and batches of their own", file=sys.stderr)
+        return 2
     if options.keep_pages and not _keep_pages():
         print("jax_mps: --keep-pages needs glibc, which is not this system's C library", file=sys.stderr)
         return 2
@@ -129,6 +144,7 @@ def run(options: argparse.Namespace) -> int:
         copy_gbs=_copy_bandwidth(queued=not on_cpu),
         results=[],
         pages_kept=options.keep_pages,
+        seed=options.seed if options.random else None,
     )
     try:
         for case in _cases(options, contenders):
@@ -146,6 +162,19 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _cases(options: argparse.Namespace, contenders: Sequence[str]) -> Iterator[runner.Case]:
+    if options.random:
+        return _random_cases(options, contenders)
+    return _named_cases(options, contenders)
+
+
+def _random_cases(options: argparse.Namespace, contenders: Sequence[str]) -> Iterator[runner.Case]:
+    for shape, layout in random_pooling(options.random, options.seed):
+        for dtype, op in itertools.product(options.dtypes, options.ops):
+            if op in training.OPS:
+                yield pooling_case(shape, op, dtype, layout, contenders)
+
+
+def _named_cases(options: argparse.Namespace, contenders: Sequence[str]) -> Iterator[runner.Case]:
     families: Sequence[runner.Family] = _FAMILIES
     shapes = options.shapes
     if options.models is not None:
@@ -160,6 +189,13 @@ def _cases(options: argparse.Namespace, contenders: Sequence[str]) -> Iterator[r
         )
         for dtype, layout, shape, op in selected:
             yield family.case(shape, op, dtype, layout, options.batch, contenders)
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("at least 1")
+    return number
 
 
 def _keep_pages() -> bool:

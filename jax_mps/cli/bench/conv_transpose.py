@@ -14,13 +14,14 @@ import numpy as np
 from jax import lax
 
 import jax_mps
-from jax_mps.cli.bench import torch_peer
+from jax_mps.cli.bench import torch_peer, training
 from jax_mps.cli.bench.runner import Case, Contender, compiled
 from jax_mps.cli.bench.shapes import TRANSPOSED, TransposedShape
 
 __all__ = ["ConvTranspose"]
 
 _BY_NAME = {shape.name: shape for shape in TRANSPOSED}
+_PRODUCTS = ("forward", "gradient_data", "gradient_weights")
 
 
 class ConvTranspose:
@@ -31,11 +32,13 @@ class ConvTranspose:
     | forward | the transposed convolution |
     | gradient_data | the gradient to the source, from the result's gradient and the kernel |
     | gradient_weights | the gradient to the kernel, from the result's gradient and the source |
+    | step | all three in one program |
 
-    The limit that rates are compared with is `jnp.dot` of matrices of the same M, N and K.
+    What the gradients need are the operands, so nothing is kept, and `keep` would be `forward`. The limit
+    that rates are compared with is `jnp.dot` of matrices of the same M, N and K.
     """
 
-    ops = ("forward", "gradient_data", "gradient_weights")
+    ops = (*_PRODUCTS, "step")
     shapes = tuple(_BY_NAME)
 
     def case(
@@ -54,18 +57,24 @@ class ConvTranspose:
             "kernel": math.prod(conv.kernel_shape),
             "result": math.prod(conv.result_shape),
         }
+        products = _products(op)
         return Case(
             shape=shape,
             description=str(conv),
             op=op,
             dtype=dtype,
             layout=layout,
-            bytes_moved=sum(sizes.values()) * jnp.dtype(dtype).itemsize,
-            tolerances=(_tolerance(conv, op, dtype),),
+            bytes_moved=sum(sizes.values()) * jnp.dtype(dtype).itemsize * (2 if op == "step" else 1),
+            tolerances=tuple(_tolerance(conv, product, dtype) for product in products),
             contenders=makers,
-            flops=2 * conv.products,
-            yardstick=functools.partial(_dot, conv, op, dtype) if conv.groups == 1 else None,
+            flops=2 * conv.products * len(products),
+            yardstick=functools.partial(_dots, conv, products, dtype) if conv.groups == 1 else None,
         )
+
+
+def _products(op: str) -> Sequence[str]:
+    """What an operation computes, in the order of its outputs."""
+    return _PRODUCTS if op == "step" else (op,)
 
 
 def _tolerance(shape: TransposedShape, op: str, dtype: str) -> float:
@@ -101,14 +110,21 @@ def _jax(name: str, shape: TransposedShape, op: str, dtype: str, layout: str) ->
         for name, a in _data(shape).items()
     }
     make = _stock if name == "lax" else functools.partial(_ours, implementation=name)
-    function, names = make(shape, layout)[op]
-    operands = [data[name] for name in names]
+    calls = make(shape, layout)
 
-    def fetch(output: Any) -> list[np.ndarray]:
-        array = np.asarray(output, np.float64)
-        return [np.moveaxis(array, 1, -1) if channels_first and op != "gradient_weights" else array]
+    def fetch(outputs: Any) -> list[np.ndarray]:
+        arrays = [np.asarray(a, np.float64) for a in jax.tree.leaves(outputs)]
+        return [
+            np.moveaxis(a, 1, -1) if channels_first and product != "gradient_weights" else a
+            for product, a in zip(_products(op), arrays, strict=True)
+        ]
 
-    return compiled(function, operands, fetch)
+    if op == "step":
+        function, names = calls["forward"]
+        operands = [data[name] for name in names]
+        return compiled(*training.jax_call(op, function, operands, data["gradient"]), fetch)
+    function, names = calls[op]
+    return compiled(function, [data[name] for name in names], fetch)
 
 
 _Calls = dict[str, tuple[Callable[..., Any], tuple[str, str]]]
@@ -184,16 +200,20 @@ def _stock(shape: TransposedShape, layout: str) -> _Calls:
     }
 
 
-def _dot(shape: TransposedShape, op: str, dtype: str) -> Contender:
+def _dots(shape: TransposedShape, products: Sequence[str], dtype: str) -> Contender:
+    """One matrix product of the same size for each."""
     pixels, columns = math.prod(shape.source_shape[:-1]), shape.taps * shape.outputs
-    m, n, k = {
+    sizes = {
         "forward": (pixels, columns, shape.inputs),
         "gradient_data": (pixels, shape.inputs, columns),
         "gradient_weights": (columns, shape.inputs, pixels),
-    }[op]
+    }
     rng = np.random.default_rng(0)
-    a, b = (jnp.asarray(rng.standard_normal(s), dtype) for s in ((m, k), (k, n)))
-    return compiled(jnp.dot, (a, b), lambda _: [])
+    pairs = [
+        [jnp.asarray(rng.standard_normal(s), dtype) for s in ((m, k), (k, n))]
+        for m, n, k in (sizes[product] for product in products)
+    ]
+    return compiled(lambda pairs: [jnp.dot(a, b) for a, b in pairs], (pairs,), lambda _: [])
 
 
 # --- PyTorch ------------------------------------------------------------------------------------------
@@ -209,7 +229,7 @@ def _torch(name: str, shape: TransposedShape, op: str, dtype: str, layout: str) 
     kernel = peer.tensor(kernel, axis=1)
     function = getattr(peer.torch.nn.functional, f"conv_transpose{shape.ndim}d")
 
-    def forward() -> Any:
+    def forward(source: Any, kernel: Any) -> Any:
         return function(
             source,
             kernel,
@@ -219,16 +239,20 @@ def _torch(name: str, shape: TransposedShape, op: str, dtype: str, layout: str) 
             groups=shape.groups,
         )
 
-    if op == "forward":
-        return peer.contender(lambda: (forward(),))
-    wanted = source if op == "gradient_data" else kernel
-    wanted.requires_grad_(True)
-    result, grad = forward(), peer.torch.autograd.grad
-    contender = peer.contender(lambda: grad(result, wanted, gradient, retain_graph=True))
-    if op == "gradient_data":
-        return contender
+    if op in training.OPS:
+        call = training.torch_call(peer.torch, op, forward, (source, kernel), gradient)
+    else:
+        wanted = source if op == "gradient_data" else kernel
+        wanted.requires_grad_(True)
+        call = functools.partial(
+            peer.torch.autograd.grad, forward(source, kernel), wanted, gradient, retain_graph=True
+        )
+    contender = peer.contender(call)
 
     def fetch(outputs: Any) -> list[np.ndarray]:
-        return [np.moveaxis(a, 0, -1) for a in contender.fetch(outputs)]
+        return [
+            np.moveaxis(a, 0, -1) if product == "gradient_weights" else a
+            for product, a in zip(_products(op), contender.fetch(outputs), strict=True)
+        ]
 
     return dataclasses.replace(contender, fetch=fetch)

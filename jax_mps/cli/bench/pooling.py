@@ -14,11 +14,11 @@ import numpy as np
 from jax import lax
 
 import jax_mps
-from jax_mps.cli.bench import torch_peer
+from jax_mps.cli.bench import torch_peer, training
 from jax_mps.cli.bench.runner import Case, Contender, compiled
 from jax_mps.cli.bench.shapes import POOLING, PoolingShape
 
-__all__ = ["Pooling"]
+__all__ = ["Pooling", "pooling_case"]
 
 _OURS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "max": (jax_mps.max_pool, jax_mps.max_pool_gradient),
@@ -32,15 +32,11 @@ _BY_NAME = {shape.name: shape for shape in POOLING}
 class Pooling:
     """Max, average and L2 pooling.
 
-    | operation | what is timed |
-    |---|---|
-    | forward | the pooling |
-    | gradient | the pull-back alone, with the residuals that the forward pass left |
-    | gradient_kernel | the gradient from (source gradient, source), nothing else given |
-    | step | value and gradient of half the sum of the result's squares |
+    The operations are those of `training`, and `gradient_kernel`: the gradient from (source gradient,
+    source), nothing else given.
     """
 
-    ops = ("forward", "gradient", "gradient_kernel", "step")
+    ops = (*training.OPS, "gradient_kernel")
     shapes = tuple(_BY_NAME)
 
     def case(
@@ -50,41 +46,44 @@ class Pooling:
         pooling = _BY_NAME[shape]
         if batch:
             pooling = dataclasses.replace(pooling, batch=batch)
-        makers: dict[str, Callable[[], Contender]] = {}
-        for name in contenders:
-            make = _torch if name.startswith("torch") else _jax
-            makers[name] = functools.partial(make, name, pooling, op, dtype, layout)
-        return Case(
-            shape=shape,
-            description=str(pooling),
-            op=op,
-            dtype=dtype,
-            layout=layout,
-            bytes_moved=_bytes_moved(pooling, op, jnp.dtype(dtype).itemsize),
-            tolerances=_tolerances(pooling, op, dtype),
-            contenders=makers,
-        )
+        return pooling_case(pooling, op, dtype, layout, contenders)
+
+
+def pooling_case(shape: PoolingShape, op: str, dtype: str, layout: str, contenders: Sequence[str]) -> Case:
+    """An operation of the pooling of that shape."""
+    makers: dict[str, Callable[[], Contender]] = {}
+    for name in contenders:
+        make = _torch if name.startswith("torch") else _jax
+        makers[name] = functools.partial(make, name, shape, op, dtype, layout)
+    # Stock JAX adds half precision numbers in half precision: the error grows like the square root of
+    # the number of terms, for independent roundings.
+    tolerance = 4 * float(jnp.finfo(dtype).eps) * math.sqrt(shape.taps)
+    return Case(
+        shape=shape.name,
+        description=str(shape),
+        op=op,
+        dtype=dtype,
+        layout=layout,
+        bytes_moved=_bytes_moved(shape, op, jnp.dtype(dtype).itemsize),
+        tolerances=(tolerance,) * (2 if op == "step" else 1),
+        contenders=makers,
+    )
 
 
 def _bytes_moved(shape: PoolingShape, op: str, itemsize: int) -> int:
     source, result = shape.source_size * itemsize, shape.result_size * itemsize
+    tap_indices = shape.result_size * (shape.kind == "max")  # a byte says which tap won
     if op == "forward":
         return source + result
+    if op == "keep":
+        return source + result + tap_indices
     if op == "step":
-        return 2 * source  # the pooled values need never leave the processor
+        return 2 * (source + result)
     if shape.kind == "avg":
         return result + source
-    if shape.kind == "max" and op == "gradient":
-        return result + shape.result_size + source  # a byte says which tap won
+    if shape.kind == "max" and op == "pull_back":
+        return result + tap_indices + source
     return result + 2 * source
-
-
-def _tolerances(shape: PoolingShape, op: str, dtype: str) -> tuple[float, ...]:
-    # Stock JAX adds half precision numbers in half precision: the error grows like the square root of
-    # the number of terms, for independent roundings.
-    array = 4 * float(jnp.finfo(dtype).eps) * math.sqrt(shape.taps)
-    loss = array + float(jnp.finfo(jnp.float32).eps) * math.sqrt(shape.result_size)
-    return (loss, array) if op == "step" else (array,)
 
 
 @functools.lru_cache(maxsize=1)
@@ -122,13 +121,15 @@ def _jax(name: str, shape: PoolingShape, op: str, dtype: str, layout: str) -> Co
     )
     make = _stock if name == "lax" else functools.partial(_ours, implementation=name)
     pool, kernel = make(shape, layout)
-    function, operands = _jax_call(op, pool, kernel, source, gradient)
 
     def fetch(outputs: Any) -> list[np.ndarray]:
-        arrays = [np.asarray(a, np.float64) for a in jax.tree.leaves(outputs)]
-        return [np.moveaxis(a, 1, -1) if channels_first and a.ndim else a for a in arrays]
+        compared = outputs[0] if op == "keep" else outputs  # what is kept differs
+        arrays = [np.asarray(a, np.float64) for a in jax.tree.leaves(compared)]
+        return [np.moveaxis(a, 1, -1) if channels_first else a for a in arrays]
 
-    return compiled(function, operands, fetch)
+    if op == "gradient_kernel":
+        return compiled(kernel, (gradient, source), fetch)
+    return compiled(*training.jax_call(op, pool, (source,), gradient), fetch)
 
 
 def _ours(
@@ -177,24 +178,6 @@ def _stock(
     return pool, lambda g, x: jax.vjp(pool, x)[1](g)
 
 
-def _jax_call(
-    op: str, pool: Callable[..., Any], kernel: Callable[..., Any], source: jax.Array, gradient: jax.Array
-) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    if op == "forward":
-        return pool, (source,)
-    if op == "gradient":
-        _, pull_back = jax.jit(lambda x: jax.vjp(pool, x))(source)
-        return lambda pull_back, g: pull_back(g), (pull_back, gradient)
-    if op == "gradient_kernel":
-        return kernel, (gradient, source)
-
-    def loss(x: jax.Array) -> jax.Array:
-        y = pool(x)
-        return jnp.sum(jnp.square(y.astype(jnp.promote_types(y.dtype, jnp.float32)))) / 2
-
-    return jax.value_and_grad(loss), (source,)
-
-
 # --- PyTorch ------------------------------------------------------------------------------------------
 
 
@@ -202,8 +185,10 @@ def _torch(name: str, shape: PoolingShape, op: str, dtype: str, layout: str) -> 
     del layout  # PyTorch is asked in both of its own
     peer = torch_peer.Peer.find(name, shape.ndim, dtype)
     source, gradient = map(peer.tensor, _data(shape))
-    source.requires_grad_(op != "forward")
-    return peer.contender(_torch_call(peer.torch, op, _torch_pool(peer.torch, shape), source, gradient))
+    # PyTorch has no gradient from the source alone, so it takes a whole step for that.
+    called = "step" if op == "gradient_kernel" else op
+    call = training.torch_call(peer.torch, called, _torch_pool(peer.torch, shape), (source,), gradient)
+    return peer.contender((lambda: call()[1:]) if op == "gradient_kernel" else call)
 
 
 def _torch_pool(torch: Any, shape: PoolingShape) -> Callable[[Any], Any]:
@@ -222,23 +207,3 @@ def _torch_pool(torch: Any, shape: PoolingShape) -> Callable[[Any], Any]:
     pads = (shape.padding,) * (2 * shape.ndim)
     value = -math.inf if shape.kind == "max" else 0.0
     return lambda x: function(functional.pad(x, pads, value=value), **options)
-
-
-def _torch_call(
-    torch: Any, op: str, pool: Callable[[Any], Any], source: Any, gradient: Any
-) -> Callable[[], tuple[Any, ...]]:
-    grad = torch.autograd.grad
-    if op == "forward":
-        return lambda: (pool(source),)
-    if op == "gradient":
-        result = pool(source)
-        return lambda: grad(result, source, gradient, retain_graph=True)
-    if op == "gradient_kernel":
-        return lambda: grad(pool(source), source, gradient)
-
-    def step() -> tuple[Any, ...]:
-        result = pool(source)
-        loss = result.to(torch.promote_types(result.dtype, torch.float32)).square().sum() / 2
-        return loss, *grad(loss, source)
-
-    return step

@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import statistics
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
+from jax_mps.cli.bench import summary
 from jax_mps.cli.bench.runner import YARDSTICK, Result, Timing
+from jax_mps.cli.bench.table import TITLES, Table
 
 __all__ = ["Report", "markdown", "print_table"]
 
-_TITLES = {
-    "native": "jax_mps",
-    "xla": "jax_mps\nStableHLO",
-    "lax": "stock JAX",
-    "torch": "PyTorch",
-    "torch_channels_last": "PyTorch\nchannels last",
-}
-_FORMAT = 2
+_FORMAT = 3
+# What format 2 called the operations; its `step` was of half the sum of the result's squares.
+_RENAMED = {"gradient": "pull_back", "step": "loss_step"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +32,7 @@ class Report:
       copy_gbs: the bandwidth of memory, in GB/s: a large array read and written back.
       results: one a case.
       pages_kept: whether the C library kept what was freed.
+      seed: that of random shapes, if the shapes were random.
     """
 
     machine: str
@@ -45,6 +42,7 @@ class Report:
     copy_gbs: float
     results: list[Result]
     pages_kept: bool = False
+    seed: int | None = None
 
     def save(self, path: Path) -> None:
         """Writes JSON."""
@@ -52,78 +50,59 @@ class Report:
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Reads what `save` wrote."""
+        """Reads what `save` wrote, of this format or the one before."""
         fields = json.loads(path.read_text())
-        if fields.pop("format", None) != _FORMAT:
-            raise ValueError(f"{path} is not a report of format {_FORMAT}")
-        results = [
-            Result(**{**r, "timings": {name: Timing(**t) for name, t in r["timings"].items()}})
-            for r in fields.pop("results")
-        ]
-        return cls(**fields, results=results)
+        written = fields.pop("format", None)
+        if written not in (_FORMAT - 1, _FORMAT):
+            raise ValueError(f"{path} is not a report of format {_FORMAT - 1} or {_FORMAT}")
+        results = fields.pop("results")
+        for result in results:
+            result["timings"] = {name: Timing(**t) for name, t in result["timings"].items()}
+            if written < _FORMAT:
+                result["op"] = _RENAMED.get(result["op"], result["op"])
+        return cls(**fields, results=[Result(**result) for result in results])
 
 
 def print_table(report: Report) -> None:
-    """Prints one table for each type and layout, and the geometric means of the ratios."""
+    """Prints one table for each type and layout, and those of `summary`."""
     from rich.console import Console
-    from rich.table import Table
 
     # A file or a pipe is as wide as it has to be.
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    ours, *peers = report.contenders
-    for (dtype, layout, _), results in _grouped(report.results):
-        table = Table(title=f"{dtype}, {layout}: milliseconds, and how many times ours", title_justify="left")
-        table.add_column("shape", no_wrap=True)
-        table.add_column("operation", no_wrap=True)
-        for title in _titles(report, results):
-            table.add_column(title, justify="right")
-        for result in results:
-            table.add_row(*_row(result, ours, peers, report.copy_gbs))
-        console.print(table)
-    means = Table(title="geometric mean of their time over ours", title_justify="left")
-    means.add_column("operation")
-    for title in _mean_titles(peers):
-        means.add_column(title, justify="right")
-    for row in _means(report.results, ours, peers):
-        means.add_row(*row)
-    console.print(means)
-    pages = "freed memory is kept; " if report.pages_kept else ""
-    console.print(f"reading and writing back moves {report.copy_gbs:.1f} GB/s; {pages}{report.machine}")
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    for table in _tables(report):
+        console.print(table.rich())
+    notes = [f"reading and writing back moves {report.copy_gbs:.1f} GB/s"]
+    notes += ["freed memory is kept"] * report.pages_kept
+    notes += [] if report.seed is None else [f"random shapes of seed {report.seed}"]
+    console.print("; ".join([*notes, report.machine]))
 
 
 def markdown(report: Report) -> str:
     """The tables of `print_table` as Markdown."""
-    ours, *peers = report.contenders
     used = ", ".join(f"{name} {version}" for name, version in report.versions.items())
     head = (
         f"{report.machine}; {used}; {report.date[:10]}. Medians in milliseconds, in brackets how many times "
         f"ours. The limit is, for GB/s, the {report.copy_gbs:.1f} at which a large array is read and written "
         "back, and for GFLOP/s `jnp.dot` of the same M, N and K in the same rounds."
         + (" Freed memory was kept." if report.pages_kept else "")
+        + ("" if report.seed is None else f" The shapes are the random ones of seed {report.seed}.")
     )
-    lines = [head, ""]
+    return "\n\n".join([head, *(table.markdown() for table in _tables(report))])
+
+
+def _tables(report: Report) -> list[Table]:
+    ours, *peers = report.contenders
+    made = []
     for (dtype, layout, _), results in _grouped(report.results):
-        titles = ["shape", "operation", *_titles(report, results)]
-        lines += [f"**{dtype}, {layout.replace('_', ' ')}**", "", *_markdown_head(titles, left=2)]
-        lines += [_markdown_row(_row(result, ours, peers, report.copy_gbs)) for result in results]
-        lines.append("")
-    lines += ["**Geometric mean of their time over ours**", ""]
-    lines += _markdown_head(["operation", *_mean_titles(peers)], left=1)
-    lines += [_markdown_row(row) for row in _means(report.results, ours, peers)]
-    return "\n".join(lines)
-
-
-def _markdown_head(titles: Sequence[str], left: int) -> list[str]:
-    return [_markdown_row(titles), _markdown_row(["---"] * left + ["---:"] * (len(titles) - left))]
-
-
-def _markdown_row(cells: Iterable[str]) -> str:
-    return f"| {' | '.join(cells)} |".replace("\n", ", ")
+        title = f"{dtype}, {layout.replace('_', ' ')}: milliseconds, and how many times ours"
+        rows = [_row(result, ours, peers, report.copy_gbs) for result in results]
+        made.append(Table(title, ["shape", "operation", *_titles(report, results)], rows, names=2))
+    return made + summary.tables(report.results, report.contenders)
 
 
 def _titles(report: Report, results: Sequence[Result]) -> list[str]:
     """Titles of the columns after the name of a shape and an operation."""
-    timed = [_TITLES[name] for name in report.contenders]
+    timed = [TITLES[name] for name in report.contenders]
     return [*timed, *(["first call, s\nours (stock)"] if results[0].first_calls else ["rate", "of limit"])]
 
 
@@ -145,35 +124,6 @@ def _row(result: Result, ours: str, peers: Sequence[str], copy_gbs: float) -> li
     limit = result.timings.get(YARDSTICK)
     rate = f"{result.flops / own.median / 1e6:.0f} GFLOP/s"
     return [*row, rate, f"{limit.median / own.median:.0%}" if limit else "-"]
-
-
-def _mean_titles(peers: Sequence[str]) -> list[str]:
-    titles = [_TITLES[name] for name in peers]
-    return [*titles, "PyTorch,\nbetter layout"] if len(_torch(peers)) > 1 else titles
-
-
-def _torch(peers: Sequence[str]) -> list[str]:
-    return [name for name in peers if name.startswith("torch")]
-
-
-def _means(results: Sequence[Result], ours: str, peers: Sequence[str]) -> list[list[str]]:
-    """A row for each operation and for all; a column for each peer and for the better PyTorch of a case."""
-    ops = list(dict.fromkeys(result.op for result in results))
-    columns = [[name] for name in peers] + [_torch(peers)] * (len(_torch(peers)) > 1)
-    rows = []
-    for op in (*ops, "all"):
-        row = [op]
-        for names in columns:
-            ratios = [
-                min(theirs) / result.timings[ours].median
-                for result in results
-                if op in (result.op, "all")
-                and ours in result.timings
-                and (theirs := [result.timings[name].median for name in names if name in result.timings])
-            ]
-            row.append(f"{statistics.geometric_mean(ratios):.2f}" if ratios else "-")
-        rows.append(row)
-    return rows
 
 
 def _milliseconds(value: float) -> str:
