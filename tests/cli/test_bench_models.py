@@ -47,8 +47,8 @@ def _tiny(name: str) -> Model:
     return Model(functools.partial(function.func, **{**function.keywords, **sizes}), tuple(inputs))
 
 
-def _results(name: str, op: str, who: str) -> list[np.ndarray]:
-    contender = family.model_case(name, _tiny(name), op, [who]).contenders[who]()
+def _results(name: str, op: str, who: str, dtype: str = "float32") -> list[np.ndarray]:
+    contender = family.model_case(name, _tiny(name), op, [who], dtype).contenders[who]()
     return list(contender.fetch(contender.call()))
 
 
@@ -65,6 +65,13 @@ QUICK = ("tcn", "unet_3d")
 
 def test_every_model_is_here():
     assert set(TINY) == set(MODELS)
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_half_precision(name, native):
+    stock, ours = (_results(name, "train_step", who, "bfloat16") for who in ("lax", "native"))
+    for one, other in zip(ours, stock, strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=5e-2 * np.max(np.abs(other)))
 
 
 @pytest.mark.parametrize("op", family.Models.ops)
