@@ -67,7 +67,7 @@ def test_every_model_is_here():
     assert set(TINY) == set(MODELS)
 
 
-@pytest.mark.parametrize("name", QUICK)
+@pytest.mark.parametrize("name", ["tcn", "unet_2x2"])
 def test_half_precision(name, native):
     stock, ours = (_results(name, "train_step", who, "bfloat16") for who in ("lax", "native"))
     for one, other in zip(ours, stock, strict=True):
@@ -135,7 +135,7 @@ def test_models_on_the_command_line(tmp_path, monkeypatch, native, capsys):
     assert "first call, s, ours (stock)" in markdown
 
 
-@pytest.mark.parametrize("option", [("--dtypes", "bfloat16"), ("--layouts", "channels_first")])
-def test_models_are_float32_channels_last(option, native, capsys):
+@pytest.mark.parametrize("option", [("--dtypes", "float16"), ("--layouts", "channels_first")])
+def test_models_have_two_types_and_channels_last(option, native, capsys):
     assert cli.main(["bench", "--models", "tcn", *option]) == 2
-    assert "the networks are float32, channels last" in capsys.readouterr().err
+    assert "the networks are float32 or bfloat16, channels last" in capsys.readouterr().err

@@ -123,8 +123,10 @@ def run(options: argparse.Namespace) -> int:
         reason = library.status().reason if on_cpu else f"the device is {device.device_kind}"
         print(f"jax_mps: the native kernels cannot be timed: {reason}", file=sys.stderr)
         return 2
-    if options.models is not None and (options.dtypes, options.layouts) != (["float32"], ["channels_last"]):
-        print("jax_mps: the networks are float32, channels last", file=sys.stderr)
+    if options.models is not None and not (
+        {*options.dtypes} <= {"float32", "bfloat16"} and options.layouts == ["channels_last"]
+    ):
+        print("jax_mps: the networks are float32 or bfloat16, channels last", file=sys.stderr)
         return 2
     if options.random and (options.batch or options.layouts != ["channels_last"]):
         print("jax_mps: random shapes have layouts and batches of their own", file=sys.stderr)
