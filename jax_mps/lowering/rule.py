@@ -3,6 +3,7 @@
 | platform and context | code |
 |---|---|
 | cpu; one device or a fully manual mesh, static shapes, the library loaded | native kernel |
+| the same, for windows so large that it is slower (`pooling/large_windows.py`) | StableHLO |
 | cpu otherwise: several devices under automatic or explicit sharding, export, symbolic shapes | StableHLO |
 | every other platform, Apple's included | StableHLO |
 
@@ -65,6 +66,7 @@ def register(
     *,
     xla: Callable[..., Any],
     native: Callable[..., tuple[str, dict[str, Any]]] | None,
+    native_is_slower: Callable[..., bool] | None = None,
 ) -> None:
     """Registers both lowerings of a primitive.
 
@@ -73,6 +75,8 @@ def register(
       xla: the function of the operands, the other parameters, and `platform`, one of `Platform`, to trace
         into StableHLO.
       native: gives the handler's name and its attributes for the other parameters; None if it has no kernel.
+      native_is_slower: whether the StableHLO is to be preferred to the kernel, for the type of the first
+        operand and the other parameters.
     """
     plainly = _compat.lower_plainly(xla)
 
@@ -94,6 +98,8 @@ def register(
         reason = "" if implementation == "xla" else obstacle(ctx)
         if reason and implementation == "native":
             raise ValueError(f"implementation='native' cannot be had: {reason}")
+        if implementation is None and not reason and native_is_slower is not None:
+            implementation = "xla" if native_is_slower(ctx.avals_in[0], **params) else None
         if reason or implementation == "xla":
             return to_stablehlo(ctx, *operands, **params)
         name, attributes = native(**params)  # type: ignore[misc]

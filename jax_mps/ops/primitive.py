@@ -31,6 +31,7 @@ def define(
     *,
     xla_fun: Callable[..., Any],
     native: Callable[..., tuple[str, Params]] | None,
+    native_is_slower: Callable[..., bool] | None = None,
     multiple_results: bool = False,
     batch: Callable[..., tuple[Any, Any]] | None = None,
 ) -> Any:
@@ -41,6 +42,7 @@ def define(
       abstract: the types of the results, from the types of the operands and the parameters.
       xla_fun: the StableHLO lowering, see `lowering.rule.register`.
       native: the FFI lowering, see `lowering.rule.register`.
+      native_is_slower: where the StableHLO is preferred, see `lowering.rule.register`.
       multiple_results: whether `abstract` gives a list.
       batch: the rule of `vmap`, a function of (primitive, arrays, dimensions, **params); by default the
         one for operands that all look like `(outer..., spatial..., inner...)`.
@@ -50,7 +52,7 @@ def define(
     primitive.def_impl(functools.partial(xla.apply_primitive, primitive))
     primitive.def_abstract_eval(abstract)
     batching.primitive_batchers[primitive] = functools.partial(batch or _batch, primitive)
-    rule.register(primitive, xla=xla_fun, native=native)
+    rule.register(primitive, xla=xla_fun, native=native, native_is_slower=native_is_slower)
     return primitive
 
 

@@ -3,6 +3,7 @@
 import _ctypes
 import ctypes
 import functools
+import math
 import os
 import platform
 import re
@@ -17,6 +18,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax import lax
 
@@ -87,6 +89,39 @@ def test_every_kernel_is_used():
     assert set(uses) == set(library._HANDLERS)
     for name, text in uses.items():
         assert f'custom_call_target="{library.target(name)}"' in text, name
+
+
+LARGE: dict[str, tuple[Callable[..., Any], tuple[int, ...], dict[str, Any]]] = {
+    "maximum": (jax_mps.max_pool, (1, 500, 1), {"window_shape": 101, "strides": 1}),
+    "average": (jax_mps.avg_pool, (2, 3, 64, 64), {"window_shape": 31, "strides": 1, "padding": 15}),
+    "norm": (jax_mps.l2_pool, (2, 24, 24, 24, 4), {"window_shape": 9, "strides": 1, "padding": 4}),
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+@pytest.mark.usefixtures("native")
+def test_large_windows_are_left_to_stablehlo(name):
+    pool, shape, options = LARGE[name]
+    rank = len(shape) - 2
+    data_format = "channels_first" if shape[1] < shape[-1] and rank > 1 else "channels_last"
+    call = options | {"window_shape": (options["window_shape"],) * rank, "data_format": data_format}
+    x = jnp.sin(jnp.arange(float(math.prod(shape)))).reshape(shape)
+    calls, results = [], []
+    for implementation in (None, "native", "xla"):
+        f = functools.partial(pool, **call, implementation=implementation)
+        step = lambda x, f=f: jax.vjp(f, x)[1](jnp.cos(f(x)))  # noqa: E731
+        calls.append(compiled_text(step, x).count("custom_call_target"))
+        results.append(jax.jit(step)(x)[0])
+    assert calls[2] <= calls[0] < calls[1]
+    for result in results:
+        np.testing.assert_allclose(result, results[2], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("native")
+def test_a_large_window_that_is_the_whole_image_is_not():
+    for pool in (jax_mps.max_pool, jax_mps.avg_pool):
+        f = functools.partial(pool, window_shape=(112, 112), strides=1)
+        assert library.target("") in compiled_text(f, jnp.ones((1, 112, 112, 3)))
 
 
 @pytest.mark.usefixtures("native")
