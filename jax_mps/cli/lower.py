@@ -2,8 +2,8 @@
 
 For instance: `lower max_pool --shape 2,16,16,3 --window 3,3 --strides 2 --padding 1 --vjp --platform METAL`.
 The platform need not be there. The program goes to standard output; what is outside the list of
-`jax_mps.lowering.apple` to standard error, a line each, and the exit status is then 1. `--msl` prints the kernels
-that IREE's compiler makes of the program, in Metal Shading Language. Apple's plugins make others.
+`jax_mps.lowering.apple` to standard error, a line each, and the exit status is then 1. `--msl` prints the
+kernels that IREE's compiler makes of the program, in Metal Shading Language. Apple's plugins make others.
 """
 
 from __future__ import annotations
