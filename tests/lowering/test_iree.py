@@ -15,7 +15,10 @@ import pytest
 import apple
 import grid
 import jax_mps
+import oracle
+import programs
 import stock_random
+from jax_mps.lowering import apple as checker
 
 pytest.importorskip("iree.compiler", reason="IREE is missing; the extra `test` has it")
 pytest.importorskip("iree.runtime", reason="IREE is missing; the extra `test` has it")
@@ -27,7 +30,7 @@ UNITS = [(*case, grid.FORMATS[i % 2], mode) for i, case in enumerate(apple.CASES
 KINDS = ("convolution", "max", "min", "sum")
 MODELS = ("unet_2x2", "gan", "resnet18", "tcn", "unet_3d")
 STEPS = [(name, optimiser) for name in MODELS for optimiser in ("sgd", "adam")]
-SAMPLE = 20
+SAMPLE, STOCK_SAMPLE = 20, 2
 
 
 def pytest_generate_tests(metafunc):
@@ -48,11 +51,33 @@ def backends(request):
     return (whole,) if whole else ("llvm-cpu", "vmvx")
 
 
-def results(lowered, operands, backend):
-    """Makes Metal source of a program, and runs it on another backend."""
-    source = metal_source.metal_source(lowered.as_text())
-    assert "kernel void" in source, "no kernel"
-    return iree_module.run(lowered, *operands, backend=backend)
+def has_groups(lowered):
+    """Whether a convolution has groups of several channels, which IREE's code for GPUs computes wrongly."""
+
+    def channels(op):
+        kernel_channels = checker.layout(op)[1][1]
+        return op.operands[1].type.shape[kernel_channels]
+
+    convolutions = [op for op in programs.operations(lowered) if op.name == "stablehlo.convolution"]
+    return any(checker.numbers(op, "feature_group_count") != [1] and channels(op) > 1 for op in convolutions)
+
+
+def faults(lowered, operands, backends, compare):
+    """Of which backends a program cannot be compiled, or has other results; Metal source is not run."""
+    found = {}
+    try:
+        if "kernel void" not in metal_source.metal_source(lowered.as_text()):
+            found["Metal"] = "no kernel"
+    except RuntimeError as error:
+        found["Metal"] = str(error)
+    for backend in backends:
+        try:
+            results = iree_module.run(lowered, *operands, backend=backend)
+            if not (backend == "vulkan-spirv" and has_groups(lowered)):
+                compare(results)
+        except (AssertionError, RuntimeError) as error:
+            found[backend] = str(error)
+    return found
 
 
 # --- the grid -----------------------------------------------------------------------------------------
@@ -74,13 +99,28 @@ def test_programs_compile_for_metal_and_agree(unit, backends, request, native):
     for function in chosen:
         lowered = function.lower("METAL")
         expected = jax.tree.leaves(jax.jit(function.call)(*function.operands))
-        for backend in backends:
-            try:
-                apple.check_close(results(lowered, function.operands, backend), expected, function.name)
-            except (AssertionError, RuntimeError) as error:
-                failed[function.name, backend] = str(error)
+        compare = functools.partial(apple.check_close, expected=expected, what=function.name)
+        if found := faults(lowered, function.operands, backends, compare):
+            failed[function.name] = found
     print(f"{len(chosen)} programs, {len(failed)} failures")
     assert not failed
+
+
+def test_groups_of_stock_convolutions_are_wrong_on_vulkan(backends):
+    """Why such programs are not compared there: a fault of IREE, whatever the operation comes from.
+
+    Its kernel sets pixels to zero in threads other than those that add to them, and does not wait between.
+    """
+    if "vulkan-spirv" not in backends:
+        pytest.skip("needs --iree vulkan-spirv")
+    x, kernel = oracle.normal((1, 4, 3, 3)), oracle.normal((4, 2, 2, 2), seed=1)
+    convolve = functools.partial(jax.lax.conv_general_dilated, window_strides=(1, 1), padding="VALID")
+    for groups, differ in ((1, False), (2, True)):
+        f = functools.partial(convolve, feature_group_count=groups)
+        operands = (x[:, :2] if groups == 1 else x, kernel)
+        lowered = jax.jit(f).trace(*operands).lower(lowering_platforms=("METAL",))
+        (found,) = iree_module.run(lowered, *operands, backend="vulkan-spirv")
+        assert np.allclose(found, f(*operands), atol=1e-4) is not differ
 
 
 # --- stock operations ---------------------------------------------------------------------------------
@@ -104,7 +144,7 @@ def test_stock_operations_compile_for_metal_and_agree(kind, backends, request):
     """Accelerated, with their gradients, against stock JAX; a tenth of `--random N`."""
     whole, count = (request.config.getoption(name) for name in ("iree", "random"))
     compared, failed = 0, {}
-    for seed in range(max(count // 10, 1) if whole else 4):
+    for seed in range(max(count // 10, 1) if whole else STOCK_SAMPLE):
         if kind == "convolution":
             case = stock_random.convolution(seed)
         else:
@@ -114,23 +154,21 @@ def test_stock_operations_compile_for_metal_and_agree(kind, backends, request):
         if not ours:
             continue
         expected = jax.tree.leaves(jax.jit(f)(*case.operands))
-        for backend in backends:
-            try:
-                check_near(results(lowered, case.operands, backend), expected, 1e-4, case.note)
-            except (AssertionError, RuntimeError) as error:
-                failed[case.note, backend] = str(error)
+        compare = functools.partial(check_near, expected=expected, rounding=1e-4)
+        if found := faults(lowered, case.operands, backends, compare):
+            failed[case.note] = found
         compared += 1
     print(f"{compared} programs, {len(failed)} failures")
     assert not failed
     assert compared
 
 
-def check_near(actual, expected, rounding, note):
-    """Equal but for rounding, relative to the largest number of an array."""
+def check_near(actual, expected, rounding, least=1.0):
+    """Equal but for rounding, relative to the largest number of an array, or to `least`."""
     for a, e in zip(actual, expected, strict=True):
-        assert (a.shape, a.dtype) == (e.shape, e.dtype), note
-        scale = np.abs(e[np.isfinite(e)]).max(initial=1)
-        np.testing.assert_allclose(a, e, rtol=rounding, atol=rounding * scale, err_msg=note)
+        assert (a.shape, a.dtype) == (e.shape, e.dtype)
+        scale = np.abs(e[np.isfinite(e)]).max(initial=least)
+        np.testing.assert_allclose(a, e, rtol=rounding, atol=rounding * scale)
 
 
 # --- models -------------------------------------------------------------------------------------------
@@ -149,8 +187,13 @@ def test_training_steps_compile_for_metal_and_agree(step, request):
         lowered, ours = lower_accelerated(call, *operands)
         expected = jax.jit(call)(*operands)
     assert ours
+
+    def compare(found):
+        found = jax.tree.unflatten(jax.tree.structure(expected), found)
+        for part, wanted in list(zip(found, expected, strict=True))[optimiser == "adam" :]:
+            wanted = jax.tree.leaves(wanted)
+            largest = max((float(np.abs(leaf).max()) for leaf in wanted), default=0.0)
+            check_near(jax.tree.leaves(part), wanted, 1e-3, 1e-2 * largest)
+
     backend = request.config.getoption("iree") or "llvm-cpu"
-    found = jax.tree.unflatten(jax.tree.structure(expected), results(lowered, operands, backend))
-    compared = slice(1, None) if optimiser == "adam" else slice(None)
-    found, expected = (jax.tree.leaves(tree[compared]) for tree in (found, expected))
-    check_near(found, expected, 1e-3, f"{name}, {optimiser}")
+    assert not faults(lowered, operands, (backend,), compare)
