@@ -106,6 +106,7 @@ def test_programs_compile_for_metal_and_agree(unit, backends, request, native):
     assert not failed
 
 
+@pytest.mark.full
 def test_groups_of_stock_convolutions_are_wrong_on_vulkan(backends):
     """Why such programs are not compared there: a fault of IREE, whatever the operation comes from.
 
