@@ -92,12 +92,16 @@ def run(options: argparse.Namespace) -> int:
         return 2
     found = apple.violations(lowered)
     try:
-        print(metal_source.metal_source(lowered.as_text()) if options.msl else lowered.as_text())
+        print(_metal(lowered) if options.msl else lowered.as_text())
     except RuntimeError as error:
         found.append(str(error))
     for line in found:
         print(line, file=sys.stderr)
     return 1 if found else 0
+
+
+def _metal(lowered: Any) -> str:
+    return metal_source.metal_source(lowered.as_text()) or "// The program only copies: it needs no kernel."
 
 
 def _function(options: argparse.Namespace) -> tuple[Callable[..., Any], tuple[Any, ...]]:
