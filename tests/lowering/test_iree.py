@@ -1,6 +1,6 @@
 """Apple's programs through IREE, a compiler with a Metal backend: Metal source, and results elsewhere.
 
-`--iree BACKEND` is for everything, which takes two hours on two cores; without it a sample runs.
+`--iree BACKEND` is for everything, which takes hours on two cores; without it a sample runs.
 """
 
 from __future__ import annotations
@@ -187,6 +187,7 @@ ROUNDING = {"resnet18": 5e-2}
 FAULT = "Failed to get an identity value for the reduction operation"
 
 
+@pytest.mark.full
 def test_gradients_of_stock_batch_normalisation_have_no_metal_source(request):
     """Why models with it are not asked for Metal source: a fault of IREE, which needs nothing of ours."""
     if not request.config.getoption("iree"):
