@@ -39,6 +39,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="N",
         help="random cases of stock operations, of MPS classes, and of poolings",
     )
+    parser.addoption(
+        "--iree",
+        metavar="BACKEND",
+        help="all of Apple's programs through this backend of IREE: llvm-cpu, vmvx or vulkan-spirv",
+    )
     parser.addoption("--every", type=int, default=1, metavar="N", help="run only every N-th test")
 
 

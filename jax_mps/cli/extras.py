@@ -10,7 +10,7 @@ __all__ = ["missing"]
 
 def missing(extra: str, *modules: str) -> bool:
     """Whether some module is not installed; if so, says on standard error what to install."""
-    absent = [name for name in modules if importlib.util.find_spec(name) is None]
+    absent = [name for name in modules if not _installed(name)]
     if absent:
         print(
             f"jax_mps: {', '.join(absent)} not installed; get it with: "
@@ -18,3 +18,10 @@ def missing(extra: str, *modules: str) -> bool:
             file=sys.stderr,
         )
     return bool(absent)
+
+
+def _installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # the package that it would be in is missing
+        return False

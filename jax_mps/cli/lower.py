@@ -2,7 +2,8 @@
 
 For instance: `lower max_pool --shape 2,16,16,3 --window 3,3 --strides 2 --padding 1 --vjp --platform METAL`.
 The platform need not be there. The program goes to standard output; what is outside the list of
-`jax_mps.lowering.apple` to standard error, a line each, and the exit status is then 1.
+`jax_mps.lowering.apple` to standard error, a line each, and the exit status is then 1. `--msl` prints the
+kernels that IREE's compiler makes of the program, in Metal Shading Language. Apple's plugins make others.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 
 import jax_mps
 from jax_mps import geometry
+from jax_mps.cli import extras, metal_source
 from jax_mps.lowering import apple
 
 __all__ = ["add_arguments", "run"]
@@ -67,10 +69,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     derivative.add_argument("--jvp", action="store_true", help="with its tangent")
     derivative.add_argument("--vjp", action="store_true", help="its gradient")
     derivative.add_argument("--second", action="store_true", help="the tangent of its gradient")
+    parser.add_argument(
+        "--msl", action="store_true", help="print the Metal source that IREE makes of it (extra `msl`)"
+    )
 
 
 def run(options: argparse.Namespace) -> int:
-    """Prints the program; returns 1 if some of it is outside the list."""
+    """Prints the program; returns 1 if some of it is outside the list, or IREE cannot compile it."""
+    if options.msl and extras.missing("msl", *metal_source.MODULES):
+        return 2
     if options.dtype == "float64":
         jax.config.update("jax_enable_x64", True)
     try:
@@ -83,11 +90,18 @@ def run(options: argparse.Namespace) -> int:
     except (TypeError, ValueError) as error:
         print(f"jax_mps: {error}", file=sys.stderr)
         return 2
-    print(lowered.as_text())
     found = apple.violations(lowered)
+    try:
+        print(_metal(lowered) if options.msl else lowered.as_text())
+    except RuntimeError as error:
+        found.append(str(error))
     for line in found:
         print(line, file=sys.stderr)
     return 1 if found else 0
+
+
+def _metal(lowered: Any) -> str:
+    return metal_source.metal_source(lowered.as_text()) or "// The program only copies: it needs no kernel."
 
 
 def _function(options: argparse.Namespace) -> tuple[Callable[..., Any], tuple[Any, ...]]:

@@ -6,6 +6,7 @@ import dataclasses
 import re
 import sys
 from importlib import metadata
+from pathlib import Path
 
 import jax
 
@@ -34,6 +35,11 @@ _KNOWN = {
     ),
     "jax-mps": _Plugin("mps", True, "on MLX; a series for every JAX from 0.10 on"),
     "jax-metallib": _Plugin("mps", True, "on MPSGraph; last release in June 2026, for JAX 0.10"),
+    "iree-pjrt-plugin-metal-iree-metal": _Plugin(
+        "iree_metal",
+        True,
+        "of iree-metal, on IREE; a preview of August 2026 for Apple's M4, untried here",
+    ),
     "applejax": _Plugin("mps", False, "a fork of jax-mps; no release since March 2026, for JAX 0.9 only"),
     "jax-mlx-plugin": _Plugin("mlx", False, "on MLX; no release since March 2026, untried with this library"),
 }
@@ -75,7 +81,18 @@ def _line(name: str, distribution: metadata.Distribution) -> str:
     if known is None:
         return f"{distribution.version}, not known to this library{asks}"
     life = "alive" if known.alive else "not alive"
-    return f"{distribution.version}, {life}: {known.remark}{asks}; {_service(known.platform)}"
+    kernels = f"; {_custom_kernels(distribution)}" if name == "jax-mps" else ""
+    return f"{distribution.version}, {life}: {known.remark}{asks}{kernels}; {_service(known.platform)}"
+
+
+def _custom_kernels(distribution: metadata.Distribution) -> str:
+    """Whether `jax-mps` has a function for Metal kernels of its callers; its source is read, not imported."""
+    file = Path(str(distribution.locate_file("jax_plugins/mps/ops.py")))
+    try:
+        names = compile(file.read_text(), str(file), "exec").co_names
+    except (OSError, SyntaxError):
+        return "whether it takes custom Metal kernels cannot be told"
+    return f"takes {'' if 'metal_kernel_jit' in names else 'no '}custom Metal kernels"
 
 
 def _service(platform: str) -> str:

@@ -75,11 +75,17 @@ def test_info_can_require_the_library():
     assert command("info", "--require-native").returncode == 0
 
 
-def _distribution(name: str, version: str, *requires: str, plugin: bool = True) -> types.SimpleNamespace:
+def _distribution(
+    name: str, version: str, *requires: str, plugin: bool = True, folder: Path = Path("nowhere")
+) -> types.SimpleNamespace:
     """What `importlib.metadata` shows of a distribution."""
     points = [metadata.EntryPoint("some_plugin", "jax_plugins.some", "jax_plugins")] if plugin else []
     return types.SimpleNamespace(
-        metadata={"Name": name}, version=version, requires=list(requires), entry_points=points
+        metadata={"Name": name},
+        version=version,
+        requires=list(requires),
+        entry_points=points,
+        locate_file=folder.joinpath,
     )
 
 
@@ -103,17 +109,43 @@ def test_info_says_which_plugin_is_alive(monkeypatch):
         _distribution("jax-mps", "0.11.1", "jax<0.12,>=0.11", "jax>=0.11; extra == 'dev'"),
         _distribution("jax-novel", "3.0", "jax-mps", "jax (>=0.12)"),
         _distribution("JAX.metallib", "0.10.1.0", plugin=False),
+        _distribution("iree_pjrt_plugin_metal_iree_metal", "3.11.0.dev2026081801", "jax<0.12,>=0.10.2"),
     )  # fmt: skip
-    assert list(found) == ["jax-metal", "jax-metallib", "jax-mps", "jax-novel"]
-    metal, metallib, mps, novel = found.values()
+    assert list(found) == [
+        "iree-pjrt-plugin-metal-iree-metal", "jax-metal", "jax-metallib", "jax-mps", "jax-novel"
+    ]  # fmt: skip
+    iree, metal, metallib, mps, novel = found.values()
+    assert iree.startswith("3.11.0.dev2026081801, alive: of iree-metal, ")
+    assert "serves no device of platform iree_metal" in iree
     assert metal.startswith("0.1.1, not alive: ")
     assert "JAX 0.4.34 to 0.5.0 only" in metal
     assert metal.endswith("; asks for jax>=0.4.34; serves no device of platform METAL: Unknown backend METAL")
     assert mps.startswith("0.11.1, alive: ")
-    assert mps.endswith("; asks for jax<0.12,>=0.11; serves 1 device(s) of platform mps")
+    assert "; asks for jax<0.12,>=0.11; " in mps
+    assert mps.endswith("; serves 1 device(s) of platform mps")
     assert metallib.startswith("0.10.1.0, alive: ")
     assert "asks for" not in metallib
     assert novel == "3.0, not known to this library; asks for jax (>=0.12)"
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("import jax\ndef metal_kernel_jit(body):\n    raise RuntimeError", "takes custom Metal kernels"),
+        ("from .kernels import metal_kernel_jit", "takes custom Metal kernels"),
+        ("raise RuntimeError('imported')  # no metal_kernel_jit", "takes no custom Metal kernels"),
+        ("def", "whether it takes custom Metal kernels cannot be told"),
+        (None, "whether it takes custom Metal kernels cannot be told"),
+    ],
+)
+def test_info_says_whether_the_plugin_takes_metal_kernels(source, words, monkeypatch, tmp_path):
+    if source is not None:
+        file = tmp_path / "jax_plugins" / "mps" / "ops.py"
+        file.parent.mkdir(parents=True)
+        file.write_text(source)
+    plugin = _distribution("jax-mps", "0.12.0", "jax>=0.12", folder=tmp_path)
+    (line,) = _plugins(monkeypatch, "darwin", ("mps",), plugin).values()
+    assert f"asks for jax>=0.12; {words}; serves 1 device(s) of platform mps" in line
 
 
 def test_info_without_a_plugin(monkeypatch):
@@ -296,6 +328,41 @@ def test_lower_prints_a_program_for_apple(arguments, capsys):
     assert output.out.startswith("module @")
     assert "stablehlo." in output.out
     assert output.err == ""
+
+
+def test_lower_prints_metal_source(capsys):
+    pytest.importorskip("iree.compiler", reason="IREE is missing; the extra `msl` has its compiler")
+    assert cli.main(["lower", "max_pool", "--shape", "1,4,4,2", "--vjp", "--msl"]) == 0
+    output = capsys.readouterr()
+    assert output.out.startswith("#include <metal_stdlib>")
+    assert "kernel void main_dispatch_0" in output.out
+    assert "stablehlo." not in output.out
+    assert output.err == ""
+
+
+def test_lower_says_what_has_no_metal_source(capsys):
+    pytest.importorskip("iree.compiler", reason="IREE is missing; the extra `msl` has its compiler")
+    copy = ["lower", "max_pool", "--shape", "1,4,4,2", "--window", "1,1", "--strides", "1", "--msl"]
+    assert cli.main(copy) == 0
+    assert "needs no kernel" in capsys.readouterr().out
+    run = ["lower", "max_pool", "--shape", "1,4,4,2", "--platform", "cpu", "--msl"]
+    assert cli.main(run) == 1
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert "custom_call" in output.err
+
+
+def test_lower_without_iree_is_one_clear_line(monkeypatch, capsys):
+    def find_spec(name: str) -> None:
+        raise ModuleNotFoundError(name)
+
+    monkeypatch.setattr(extras.importlib.util, "find_spec", find_spec)
+    assert cli.main(["lower", "max_pool", "--shape", "1,4,4,2", "--msl"]) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    (line,) = output.err.splitlines()
+    assert line.startswith("jax_mps: iree.compiler not installed")
+    assert "[msl]" in line
 
 
 def test_lower_names_what_is_outside_the_list(capsys):

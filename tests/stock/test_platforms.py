@@ -184,7 +184,6 @@ def test_what_has_no_way_on_apple_is_named() -> None:
     assert [(row.ours, row.why) for row in rows] == [(False, "more than 24 elements along an axis")]
 
 
-MODELS = ["unet_2x2", "gan", "resnet18", "tcn", "unet_3d"]
 # Of normalisation, activations and dense layers, with which the plugins are left alone.
 OTHERS = (
     "chlo.square", "stablehlo.rsqrt", "stablehlo.tanh", "products must", "operands of products",
@@ -195,31 +194,17 @@ OTHERS = (
 @pytest.mark.parametrize("optimiser", ["sgd", "adam"])
 @pytest.mark.parametrize("platform", ["METAL", "mps"])
 @pytest.mark.parametrize(
-    "name", [MODELS[0], *(pytest.param(name, marks=pytest.mark.full) for name in MODELS[1:])]
+    "name",
+    ["unet_2x2", *(pytest.param(n, marks=pytest.mark.full) for n in ("gan", "resnet18", "tcn", "unet_3d"))],
 )
 def test_training_steps_of_flax_models_on_apple(name: str, platform: str, optimiser: str) -> None:
     """No convolution and no pooling of an unmodified model is outside the list."""
-    optax = pytest.importorskip("optax")
-    from jax_mps.cli.bench.models.catalogue import MODELS as CATALOGUE
-    from jax_mps.cli.bench.models.flax_layers import Network, variables
+    pytest.importorskip("optax")
+    import training
 
-    model = CATALOGUE[name].scaled(0.01)
-    network, rule = Network(model.function, True), getattr(optax, optimiser)(0.1)
-    found = jax.eval_shape(lambda: variables(network, model.inputs))
-    inputs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in model.inputs]
-    state = jax.eval_shape(rule.init, found["params"])
-
-    def step(found: Any, state: Any, inputs: Any) -> Any:
-        def loss(params: Any) -> Any:
-            out, rest = network.apply({**found, "params": params}, *inputs, mutable="batch_stats")
-            return jnp.mean(jnp.square(out)), rest
-
-        gradient, rest = jax.grad(loss, has_aux=True)(found["params"])
-        updates, state_after = rule.update(gradient, state)
-        return optax.apply_updates(found["params"], updates), state_after, rest
-
+    step = training.step(name, optimiser)
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        lowered, rows = lower(platform, step, found, state, inputs)
+        lowered, rows = lower(platform, step.call, *step.operands)
     assert all(row.ours or row.operation == "pad" for row in rows)
     others = (*OTHERS, "stablehlo.power") if optimiser == "adam" else OTHERS
     assert [line for line in apple.violations(lowered) if not any(name in line for name in others)] == []

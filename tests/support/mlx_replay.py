@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from jaxlib.mlir import ir
 
+import programs
 from jax_mps.lowering import apple
 
 Array = mx.array
@@ -41,9 +42,7 @@ def replay(lowered: Any, *operands: Any, compiled: bool = False) -> list[np.ndar
     def run(*arguments: Array) -> list[Array]:
         return apple.interpret(module, arguments, _apply)
 
-    kept = lowered._lowering.compile_args.get("kept_var_idx")
-    leaves = jax.tree.leaves(operands)
-    arguments = [_from_numpy(leaf) for i, leaf in enumerate(leaves) if kept is None or i in kept]
+    arguments = [_from_numpy(leaf) for leaf in programs.arguments(lowered, operands)]
     with mx.stream(mx.cpu):
         results = (mx.compile(run) if compiled else run)(*arguments)
         mx.eval(results)

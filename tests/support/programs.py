@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -39,3 +39,10 @@ def lower(f: Callable[..., Any], *operands: Any, platform: str) -> Any:
 
 def size(lowered: Any) -> int:
     return sum(operation.name.startswith("stablehlo.") for operation in operations(lowered))
+
+
+def arguments(lowered: Any, operands: Sequence[Any]) -> list[Any]:
+    """The arrays that a lowered program takes: JAX leaves out those that it does not need."""
+    kept = lowered._lowering.compile_args.get("kept_var_idx")
+    leaves = jax.tree.leaves(operands)
+    return [leaf for i, leaf in enumerate(leaves) if kept is None or i in kept]
