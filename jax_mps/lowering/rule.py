@@ -66,7 +66,7 @@ def register(
     *,
     xla: Callable[..., Any],
     native: Callable[..., tuple[str, dict[str, Any]]] | None,
-    native_is_slower: Callable[..., bool] | None = None,
+    native_is_slower: Callable[..., bool] = lambda *_, **__: False,
 ) -> None:
     """Registers both lowerings of a primitive.
 
@@ -98,9 +98,8 @@ def register(
         reason = "" if implementation == "xla" else obstacle(ctx)
         if reason and implementation == "native":
             raise ValueError(f"implementation='native' cannot be had: {reason}")
-        if implementation is None and not reason and native_is_slower is not None:
-            implementation = "xla" if native_is_slower(ctx.avals_in[0], **params) else None
-        if reason or implementation == "xla":
+        free = implementation is None and not reason
+        if reason or implementation == "xla" or (free and native_is_slower(ctx.avals_in[0], **params)):
             return to_stablehlo(ctx, *operands, **params)
         name, attributes = native(**params)  # type: ignore[misc]
         return _compat.call_native(ctx, library.target(name), *operands, **attributes)

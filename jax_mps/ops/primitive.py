@@ -31,7 +31,7 @@ def define(
     *,
     xla_fun: Callable[..., Any],
     native: Callable[..., tuple[str, Params]] | None,
-    native_is_slower: Callable[..., bool] | None = None,
+    native_is_slower: Callable[..., bool] = lambda *_, **__: False,
     multiple_results: bool = False,
     batch: Callable[..., tuple[Any, Any]] | None = None,
 ) -> Any:
