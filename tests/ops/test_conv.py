@@ -548,3 +548,43 @@ def test_wrong_biases(function: Any) -> None:
 def test_a_bias_wider_than_the_sums_is_refused(x64: None) -> None:
     with pytest.raises(TypeError, match="bias must be no wider than the sums, float32, got float64"):
         jax_mps.conv(jnp.ones((1, 4, 3), jnp.float32), jnp.ones((2, 3, 5), jnp.float32), jnp.ones(5))
+
+
+# --- windows larger than the image --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_taps_that_never_meet_the_image(seed: int, implementation: str, x64: None) -> None:
+    """They are cut off before the kernel runs; values and gradients are as with them."""
+    rng = np.random.default_rng(seed)
+    rank, groups = int(rng.integers(1, 4)), int(rng.choice([1, 2]))
+    sizes, window, strides = (tuple(map(int, rng.integers(1, n, rank))) for n in (4, 8, 3))
+    window = (7, *window[1:])
+    padding = [tuple(map(int, rng.integers(3, 6, 2))) for _ in range(rank)]
+    x = rng.standard_normal((2, *sizes, 4))
+    numbers = ("NHWDC"[: rank + 1] + "C", "HWD"[:rank] + "IO", "NHWDC"[: rank + 1] + "C")
+    if seed % 2:
+        around = [(k - 1 - min(low, k - 1), k - 1) for k, (low, _) in zip(window, padding, strict=True)]
+        cut = [(min(low, k - 1), 0) for k, (low, _) in zip(window, padding, strict=True)]
+        stock = functools.partial(
+            lax.conv_general_dilated, window_strides=(1,) * rank, padding=around, lhs_dilation=strides,
+            dimension_numbers=numbers, feature_group_count=groups,
+        )  # fmt: skip
+        ours = functools.partial(jax_mps.conv_transpose, padding=cut)
+    else:
+        stock = functools.partial(
+            lax.conv_general_dilated, window_strides=strides, padding=padding,
+            dimension_numbers=numbers, feature_group_count=groups,
+        )  # fmt: skip
+        ours = functools.partial(jax_mps.conv, padding=padding)
+    ours = functools.partial(ours, strides=strides, groups=groups, implementation=implementation)
+    kernel = rng.standard_normal((*window, 4 // groups, 6))
+
+    def everything(f: Any) -> Any:
+        y, pull_back = jax.vjp(f, x, kernel)
+        return y, *pull_back(jnp.cos(y))
+
+    wanted = everything(stock)
+    assert wanted[0].size
+    for found, expected in zip(everything(ours), wanted, strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-10)
