@@ -55,6 +55,8 @@ def pytest_report_header(config: pytest.Config) -> str:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Iterator[None]:
     sampling.mark_sample(items, config.getoption("seed"))
     yield  # `-m`, `-k` and others choose
+    if config.getoption("iree") != "vulkan-spirv":
+        items[:] = [item for item in items if item.get_closest_marker("vulkan") is None]
     items[:] = items[:: config.getoption("every")]
     if importlib.util.find_spec("torch") is None:
         for item in items:

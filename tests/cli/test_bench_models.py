@@ -117,6 +117,7 @@ def test_batches_are_scaled():
     assert case.description == "2x4096x16"
 
 
+@pytest.mark.full
 def test_models_on_the_command_line(tmp_path, monkeypatch, native, capsys):
     monkeypatch.setitem(family.MODELS, "tcn", _tiny("tcn"))
     path = tmp_path / "models.json"

@@ -225,6 +225,7 @@ print(faults() - before)
 """
 
 
+@pytest.mark.full
 def test_bench_says_whether_pages_are_kept(tmp_path):
     path = tmp_path / "bench.json"
     run = command(

@@ -115,13 +115,12 @@ def test_programs_compile_for_metal_and_agree(unit, backends, request, native):
 
 
 @pytest.mark.full
-def test_groups_of_stock_convolutions_are_wrong_on_vulkan(backends):
+@pytest.mark.vulkan
+def test_groups_of_stock_convolutions_are_wrong_on_vulkan():
     """Why such programs are not compared there: a fault of IREE, whatever the operation comes from.
 
     Its kernel sets pixels to zero in threads other than those that add to them, and does not wait between.
     """
-    if "vulkan-spirv" not in backends:
-        pytest.skip("needs --iree vulkan-spirv")
     x, kernel = oracle.normal((1, 4, 3, 3)), oracle.normal((4, 2, 2, 2), seed=1)
     convolve = functools.partial(jax.lax.conv_general_dilated, window_strides=(1, 1), padding="VALID")
     for groups, differ in ((1, False), (2, True)):
@@ -188,10 +187,8 @@ FAULT = "Failed to get an identity value for the reduction operation"
 
 
 @pytest.mark.full
-def test_gradients_of_stock_batch_normalisation_have_no_metal_source(request):
+def test_gradients_of_stock_batch_normalisation_have_no_metal_source():
     """Why models with it are not asked for Metal source: a fault of IREE, which needs nothing of ours."""
-    if not request.config.getoption("iree"):
-        pytest.skip("needs --iree")
 
     def normalised(x):
         mean = x.mean((0, 1, 2))

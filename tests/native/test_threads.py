@@ -29,6 +29,7 @@ assert all(len(set(content)) == 1 and content[0] for content in fresh), "this al
 """
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("native")
 def test_results_depend_neither_on_the_number_of_threads_nor_on_what_is_in_memory(tmp_path):
     # glibc fills new memory with a byte or its complement: a result that is not wholly written shows it.
@@ -46,6 +47,7 @@ def test_results_depend_neither_on_the_number_of_threads_nor_on_what_is_in_memor
             assert array.tobytes() == other[name].tobytes(), name
 
 
+@pytest.mark.full
 @pytest.mark.skipif(
     platform.machine() not in ("x86_64", "AMD64"), reason="the instruction sets are those of x86-64"
 )

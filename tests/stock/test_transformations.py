@@ -130,6 +130,7 @@ print("both")
 """
 
 
+@pytest.mark.full
 def test_two_copies_in_one_process() -> None:
     assert processes.finish(processes.start(TWO_COPIES)).strip() == "both"
 

@@ -10,8 +10,11 @@ from typing import Any
 
 import pytest
 
-MOST_CASES = 12
-"""The sample holds about as many cases of one test."""
+MOST_CASES = 6
+"""The sample holds about as many cases of one test, and those that its parameters need."""
+
+MOST_VALUES = 12
+"""Of a parameter that has no more values, each is in the sample."""
 
 
 def mark_sample(items: Sequence[pytest.Item], seed: int) -> None:
@@ -38,8 +41,12 @@ def sample(cases: Sequence[Mapping[str, Any]], rng: random.Random) -> list[int]:
         return list(range(len(cases)))
     values = [{name: repr(value) for name, value in case.items()} for case in cases]
     counts = {name: len({value[name] for value in values}) for name in values[0]}
-    groups = [group for n in (1, 2) for group in itertools.combinations(counts, n)]
-    groups = [group for group in groups if math.prod(counts[name] for name in group) <= MOST_CASES]
+    groups = [
+        group
+        for n, most in ((1, MOST_VALUES), (2, MOST_CASES))
+        for group in itertools.combinations(counts, n)
+        if math.prod(counts[name] for name in group) <= most
+    ]
     features = [{(group, *(value[name] for name in group)) for group in groups} for value in values]
     others = rng.sample(range(len(cases)), len(cases))
     chosen = []
