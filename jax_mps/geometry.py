@@ -147,7 +147,7 @@ class Axis(_Renamed):
         return dataclasses.replace(self, low=self.low - self.stride * first, windows=count)
 
     def live_taps(self) -> range:
-        """The taps but those at both ends that are outside the image in every window; at least one."""
+        """The taps but those at both ends that lie before or behind the image in every window; at least one."""
         if not self.is_static():
             return range(self.taps)
         first = -(-max(self.low - self.stride * (self.windows - 1), 0) // self.dilation)
