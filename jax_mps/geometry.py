@@ -146,20 +146,6 @@ class Axis(_Renamed):
         """Only the windows `first .. first + count - 1`."""
         return dataclasses.replace(self, low=self.low - self.stride * first, windows=count)
 
-    def live_taps(self) -> range:
-        """The taps but those at both ends that lie before or behind the image in every window; at least one."""
-        if not self.is_static():
-            return range(self.taps)
-        first = -(-max(self.low - self.stride * (self.windows - 1), 0) // self.dilation)
-        last = (self.size - 1 + self.low) // self.dilation
-        first = min(first, self.taps - 1)
-        return range(first, max(min(last + 1, self.taps), first + 1))
-
-    def with_taps(self, taps: range) -> Axis:
-        """The same windows with these taps only."""
-        low = self.low - self.dilation * taps.start
-        return dataclasses.replace(self, taps=len(taps), low=low).simplified()
-
     def cropped(self, before: Dim, after: Dim) -> Axis:
         """The same windows after `before` and `after` pixels have been cut off the image."""
         return dataclasses.replace(self, size=self.size - before - after, low=self.low + before)

@@ -70,19 +70,6 @@ def test_documented_centres(kernel, dilation, expected):
     assert taps(Axis.from_offset(8, kernel, 1, dilation, 0, 1))[0] == expected
 
 
-def test_live_taps():
-    for numbers in itertools.product((1, 2, 5), (1, 3, 8), (1, 2), (1, 3), range(-2, 9, 2), (1, 2, 4)):
-        axis = Axis(*numbers)
-        inside = np.flatnonzero((axis.pixels_or_nothing() >= 0).any(0))
-        live = axis.live_taps()
-        if inside.size:
-            assert {*inside} <= {*live}, numbers
-            assert live == range(inside[0], inside[-1] + 1) or axis.stride > 1 or axis.dilation > 1, numbers
-        assert 1 <= len(live) <= axis.taps
-        part = axis.with_taps(live).pixels_or_nothing()
-        np.testing.assert_array_equal(part, axis.pixels_or_nothing()[:, live.start : live.stop])
-
-
 @pytest.mark.parametrize("ceil_mode", [False, True], ids=["floor", "ceil"])
 @pytest.mark.parametrize(("size", "kernel", "stride", "dilation"), GRID)
 def test_numbers_of_windows(size, kernel, stride, dilation, ceil_mode):

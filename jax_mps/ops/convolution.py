@@ -600,46 +600,17 @@ def unrounded(convolve: _Convolve, x: Array, kernel: Array, out_dtype: Any) -> A
 
 def forward(x: Array, kernel: Array, *, out_dtype: Any, **params: Any) -> Array:
     """`conv_transpose` with the given windows, which may lie anywhere."""
-    kernel, params = _without_dead_taps(kernel, params)
     return _bind(conv_transpose_p, x, kernel, out_dtype, params)
 
 
 def gradient_data(g: Array, kernel: Array, *, out_dtype: Any, **params: Any) -> Array:
     """`conv_transpose_gradient_data` with the given windows."""
-    kernel, params = _without_dead_taps(kernel, params)
     return _bind(conv_transpose_gradient_data_p, g, kernel, out_dtype, params)
 
 
 def gradient_weights(g: Array, x: Array, *, out_dtype: Any, **params: Any) -> Array:
     """`conv_transpose_gradient_weights` with the given windows."""
-    before, after, rest = _dead_taps(params)
-    gradient = _bind(conv_transpose_gradient_weights_p, g, x, out_dtype, rest)
-    if not any((*before, *after)):
-        return gradient
-    around = [(a, b, 0) for a, b in zip(before, after, strict=True)] + [(0, 0, 0)] * 2
-    return lax.pad(gradient, np.zeros((), gradient.dtype), around)
-
-
-def _without_dead_taps(kernel: Array, params: dict[str, Any]) -> tuple[Array, dict[str, Any]]:
-    """The kernel without the taps that no window has inside the image, and the parameters for it."""
-    before, after, rest = _dead_taps(params)
-    if not any((*before, *after)):
-        return kernel, params
-    limits = [n - b for n, b in zip(kernel.shape, after, strict=False)]
-    return lax.slice(kernel, (*before, 0, 0), (*limits, *kernel.shape[-2:])), rest
-
-
-def _dead_taps(params: dict[str, Any]) -> tuple[list[int], list[int], dict[str, Any]]:
-    """How many taps at both ends of each axis of the kernel no window has inside the image; the rest."""
-    window: Window = params["window"]
-    live = [axis.live_taps() for axis in window.axes]
-    before = [taps.start for taps in live]
-    after = [axis.taps - taps.stop for axis, taps in zip(window.axes, live, strict=True)]
-    if not any((*before, *after)):
-        return before, after, params
-    axes = tuple(axis.with_taps(taps) for axis, taps in zip(window.axes, live, strict=True))
-    rest = params | {"window": Window(axes)}
-    return (before, after, rest) if params["transpose_kernel"] else (after, before, rest)
+    return _bind(conv_transpose_gradient_weights_p, g, x, out_dtype, params)
 
 
 def _bind(prim: Any, a: Array, b: Array, out_dtype: Any, params: dict[str, Any]) -> Array:
