@@ -428,6 +428,24 @@ constexpr int kSumLanes = kSumVectors<T> * kVectorBytes / sizeof(Lane);
 template <class T, class Lane, int N>
 using Sums = std::conditional_t<std::is_same_v<T, BF16> && N == kSumLanes<T, Lane>, Halves<T, N, Lane>, Vec<Lane, N>>;
 
+// Adds to a sum, and with it what the last addition lost by rounding, which `lost` holds (Knuth's two-sum). Nothing is lost
+// where the sum is infinite or not a number.
+template <class V>
+inline void AddKeeping(V& sum, V& lost, V part) {
+  part += lost;
+  const V before = sum;
+  sum += part;
+  const V added = sum - before;
+  lost = (before - (sum - added)) + (part - added);
+  lost = lost == lost ? lost : V{};
+}
+
+template <class T, int N, class Lane>
+inline void AddKeeping(Halves<T, N, Lane>& sum, Halves<T, N, Lane>& lost, const Halves<T, N, Lane>& part) {
+  AddKeeping(sum.first, lost.first, part.first);
+  AddKeeping(sum.second, lost.second, part.second);
+}
+
 template <int N>
 inline Halves<BF16, N> Cut(BF16, Vec<uint16_t, N> bits) {
   const auto pairs = Bits<Vec<uint32_t, N / 2>>(bits);

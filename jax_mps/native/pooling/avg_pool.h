@@ -20,7 +20,7 @@ struct Average {
   static constexpr int kLanes = kSumLanes<T, Wide>;
   // The longer what is read of a row, the better it streams.
   static constexpr int kVectors = (kVectorBytes == 64 ? 16 : 8) / kSumVectors<T>;
-  static constexpr bool kBackward = false, kSeparable = true;
+  static constexpr bool kBackward = false, kSeparable = true, kRounds = !std::is_same_v<Wide, double>;
   template <int N>
   using State = Sums<T, Wide, N>;
 
@@ -63,6 +63,7 @@ struct AverageGradient {
   using Wide = Acc<T>;
   static constexpr int kLanes = kSumLanes<T, Wide>, kVectors = 8 / kSumVectors<T>;
   static constexpr bool kBackward = true, kSeparable = true, kAlike = true;
+  static constexpr bool kRounds = !std::is_same_v<Wide, double>;
   template <int N>
   using State = Sums<T, Wide, N>;
 
@@ -133,7 +134,9 @@ struct AverageGradient {
       Sweep<kLanes, kVectors>(piece.channels, [&](auto lanes, auto vectors, int64_t c) __attribute__((always_inline)) {
         constexpr int kN = decltype(lanes)::value;
         for (int v = 0; v < decltype(vectors)::value; ++v, c += kN) {
-          State<kN> sum{};
+          Total<AverageGradient, State<kN>> total{};
+          State<kN> part{};
+          int64_t left = kPartTaps;
           for (int64_t a = 0; a < planes.count; ++a) {
             for (int64_t b = 0; b < lines.count; ++b) {
               const int64_t counted = plan.window_divisor[0][planes.source + a * plan.line[0].source_step] *
@@ -143,10 +146,15 @@ struct AverageGradient {
               if (counted == 0) continue;
               State<kN> value;
               Load<kN>(source + from, value);
-              sum += value / static_cast<Wide>(counted);
+              part += value / static_cast<Wide>(counted);
+              if (--left > 0) continue;
+              total.Add(part);
+              part = State<kN>{};
+              left = kPartTaps;
             }
           }
-          StoreRaw<kN>(to + c, sum);
+          total.Add(part);
+          StoreRaw<kN>(to + c, total.whole);
         }
       });
     }

@@ -23,7 +23,7 @@ struct Norm {
   using Element = T;
   using Wide = std::conditional_t<std::is_same_v<T, F16>, float, double>;
   static constexpr int kLanes = kSumLanes<T, Wide>, kVectors = 8 / kSumVectors<T>;
-  static constexpr bool kBackward = false, kSeparable = true;
+  static constexpr bool kBackward = false, kSeparable = true, kRounds = !std::is_same_v<Wide, double>;
   template <int N>
   using State = Sums<T, Wide, N>;
 
@@ -61,11 +61,15 @@ struct QuickNorm {
   using Element = BF16;
   using Wide = float;
   static constexpr int kLanes = kSumLanes<BF16, Wide>, kVectors = 8 / kSumVectors<BF16>;
-  static constexpr bool kBackward = false, kSeparable = true;
+  static constexpr bool kBackward = false, kSeparable = true, kRounds = true;
   template <int N>
   struct State {
     Sums<BF16, Wide, N> sum;
     Vec<uint16_t, N> bits;  // of all that was squared
+    friend void AddKeeping(State& whole, State& lost, const State& part) {
+      AddKeeping(whole.sum, lost.sum, part.sum);
+      whole.bits |= part.bits;
+    }
   };
 
   const BF16* source;
@@ -81,11 +85,6 @@ struct QuickNorm {
     Load<N>(source + from, value);
     state.sum += value * value;
     state.bits |= LoadRaw<uint16_t, N>(&source[from].bits);
-  }
-  template <int N>
-  static void Merge(State<N>& state, const State<N>& part) {
-    state.sum += part.sum;
-    state.bits |= part.bits;
   }
   // Whether every sum is finite, and zero only of zeros or else so large that no square that vanished counts.
   template <int V>
@@ -167,7 +166,7 @@ struct NormTangent {
   using Element = T;
   using Wide = double;
   static constexpr int kLanes = kVectorBytes / sizeof(Wide), kVectors = 8;
-  static constexpr bool kBackward = false, kSeparable = true;
+  static constexpr bool kBackward = false, kSeparable = true, kRounds = false;
   template <int N>
   using State = Vec<Wide, N>;
 
@@ -208,6 +207,7 @@ struct NormGradient {
   using Wide = W;
   static constexpr int kLanes = kVectorBytes / sizeof(Wide), kVectors = 8;
   static constexpr bool kBackward = true, kSeparable = true, kAlike = false;
+  static constexpr bool kRounds = !std::is_same_v<Wide, double>;
   template <int N>
   using State = Vec<Wide, N>;
 

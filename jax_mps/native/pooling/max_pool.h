@@ -19,7 +19,7 @@ struct MaxValue {
   using Element = T;
   using Wide = Key<T>;
   static constexpr int kLanes = kVectorBytes / sizeof(Wide), kVectors = 8;
-  static constexpr bool kBackward = false, kSeparable = true;
+  static constexpr bool kBackward = false, kSeparable = true, kRounds = false;
   template <int N>
   using State = Vec<Wide, N>;
 

@@ -8,6 +8,7 @@
 //   Begin(lanes, target, tap) the state before the first tap
 //   Tap(lanes, state, source, tap)    one more tap
 //   Merge(state, vector)      the same from reduced rows (if separable)
+//   kRounds                   whether that loses digits, as sums of float32 do (if separable)
 //   Finish(lanes, state, target)      stores the result
 //   At(divisor)               the operation for targets with this number of counted taps
 //   Stage(plan, piece, row)   reduces the rows of a piece into one of scratch; returns the operation that goes on from there
@@ -42,7 +43,7 @@ struct Reads {
 
 // The same as a list, where it is short: small windows are many, and three nested loops cost more than their taps do.
 struct TapList {
-  static constexpr int64_t kMost = 32;
+  static constexpr int64_t kMost = 64;
   struct Entry {
     int64_t source, tap;
   };
@@ -63,9 +64,21 @@ struct TapList {
   }
 };
 
-// Taps of a row that are added up by themselves before they are added to the rest, so that the rounding errors of a long
-// window do not grow with its length.
-constexpr int64_t kLongRow = 512;
+// Taps that are combined by themselves before they go to the rest.
+constexpr int64_t kPartTaps = 16;
+
+// What parts are combined to. Sums know what they lost by rounding: errors do not grow with the number of parts.
+template <class Op, class State>
+struct Total {
+  State whole, lost{};
+  void Add(const State& part) {
+    if constexpr (Op::kRounds) {
+      AddKeeping(whole, lost, part);
+    } else {
+      Op::Merge(whole, part);
+    }
+  }
+};
 
 template <class Op>
 constexpr int kVector = kVectorBytes / sizeof(typename Op::Wide);
@@ -88,59 +101,82 @@ inline const Op& Direct(const Op& op) {
 template <class Op>
 constexpr bool kNarrows = false;
 
+template <class Op>
+constexpr bool Rounds() {
+  if constexpr (Op::kSeparable) return Op::kRounds;
+  return false;
+}
+
 // `op` comes by value: no store to the result can change a copy, so its members stay in registers.
 template <class Op>
-inline void Gather(const Op op, const TapList& taps, int64_t source, int64_t target, int64_t n) {
-  const Reads& reads = taps.reads;
-  if constexpr (kGuarded<Op>) {
-    if (n < Op::kLanes) return Gather(op.Careful(), taps, source, target, n);
-  }
-  if (taps.listed) {
-    const TapList::Entry* const end = taps.list + taps.count;
-    return Sweep<Op::kLanes, Op::kVectors, kFewer<Op>>(
-        n, [&](auto lanes, auto vectors, int64_t i) __attribute__((always_inline)) {
-          constexpr int kN = decltype(lanes)::value;
-          constexpr int kVectors = decltype(vectors)::value;
-          typename Op::template State<kN> state[kVectors];
-          for (int v = 0; v < kVectors; ++v) state[v] = op.Begin(lanes, target + i + v * kN, reads.tap);
-          for (const TapList::Entry* tap = taps.list; tap != end; ++tap) {
-            const int64_t from = source + i + tap->source;
-            for (int v = 0; v < kVectors; ++v) op.Tap(lanes, state[v], from + v * kN, tap->tap);
-          }
-          if constexpr (kGuarded<Op>) {
-            if (!op.Right(vectors, state)) return Gather(op.Careful(), taps, source + i, target + i, kVectors * kN);
-          }
-          for (int v = 0; v < kVectors; ++v) op.Finish(lanes, state[v], target + i + v * kN);
-        });
-  }
+inline void GatherMany(const Op op, const Reads& reads, int64_t source, int64_t target, int64_t n) {
   Sweep<Op::kLanes, Op::kVectors, kFewer<Op>>(n, [&](auto lanes, auto vectors, int64_t i) __attribute__((always_inline)) {
     constexpr int kN = decltype(lanes)::value;
     constexpr int kVectors = decltype(vectors)::value;
     using State = typename Op::template State<kN>;
-    const auto take = [&](State* state, int64_t begin, int64_t end) __attribute__((always_inline)) {
+    State state[kVectors];
+    const auto begin = [&]() __attribute__((always_inline)) {
+      for (int v = 0; v < kVectors; ++v) state[v] = op.Begin(lanes, target + i + v * kN, reads.tap);
+    };
+    // Calls `after(n)` after so many taps of a row; there are kPartTaps of them at most.
+    const auto take_all = [&](const auto& after) __attribute__((always_inline)) {
       for (int64_t a = 0; a < reads.rows[0]; ++a) {
         for (int64_t b = 0; b < reads.rows[1]; ++b) {
           const int64_t row = source + i + a * reads.row_step[0] + b * reads.row_step[1];
-          int64_t tap = reads.tap + a * reads.row_tap_step[0] + b * reads.row_tap_step[1] + begin * reads.tap_step;
-          for (int64_t c = begin; c < end; ++c, tap += reads.tap_step) {
-            const int64_t from = row + reads.offset[c];
-            for (int v = 0; v < kVectors; ++v) op.Tap(lanes, state[v], from + v * kN, tap);
+          int64_t tap = reads.tap + a * reads.row_tap_step[0] + b * reads.row_tap_step[1];
+          for (int64_t first = 0; first < reads.count; first += kPartTaps) {
+            const int64_t last = reads.count - first < kPartTaps ? reads.count : first + kPartTaps;
+            for (int64_t c = first; c < last; ++c, tap += reads.tap_step) {
+              const int64_t from = row + reads.offset[c];
+              for (int v = 0; v < kVectors; ++v) op.Tap(lanes, state[v], from + v * kN, tap);
+            }
+            after(last - first);
           }
         }
       }
     };
-    State state[kVectors];
-    for (int v = 0; v < kVectors; ++v) state[v] = op.Begin(lanes, target + i + v * kN, reads.tap);
-    if constexpr (Op::kSeparable) {
-      take(state, 0, reads.count < kLongRow ? reads.count : kLongRow);
-      for (int64_t c = kLongRow; c < reads.count; c += kLongRow) {
-        State part[kVectors];
-        for (int v = 0; v < kVectors; ++v) part[v] = op.Begin(lanes, target + i + v * kN, reads.tap);
-        take(part, c, reads.count - c < kLongRow ? reads.count : c + kLongRow);
-        for (int v = 0; v < kVectors; ++v) Op::Merge(state[v], part[v]);
-      }
+    begin();
+    if constexpr (Rounds<Op>()) {
+      Total<Op, State> total[kVectors];
+      for (int v = 0; v < kVectors; ++v) total[v].whole = state[v];
+      const auto add = [&]() __attribute__((always_inline)) {
+        for (int v = 0; v < kVectors; ++v) total[v].Add(state[v]);
+      };
+      int64_t taken = 0;
+      take_all([&](int64_t n) __attribute__((always_inline)) {
+        taken += n;
+        if (taken < kPartTaps) return;
+        add();
+        begin();
+        taken = 0;
+      });
+      add();
+      for (int v = 0; v < kVectors; ++v) state[v] = total[v].whole;
     } else {
-      take(state, 0, reads.count);
+      take_all([](int64_t) {});
+    }
+    if constexpr (kGuarded<Op>) {
+      if (!op.Right(vectors, state)) return Gather(op.Careful(), TapList(reads), source + i, target + i, kVectors * kN);
+    }
+    for (int v = 0; v < kVectors; ++v) op.Finish(lanes, state[v], target + i + v * kN);
+  });
+}
+
+template <class Op>
+inline void Gather(const Op op, const TapList& taps, int64_t source, int64_t target, int64_t n) {
+  if constexpr (kGuarded<Op>) {
+    if (n < Op::kLanes) return Gather(op.Careful(), taps, source, target, n);
+  }
+  if (!taps.listed) return GatherMany(op, taps.reads, source, target, n);
+  const TapList::Entry* const end = taps.list + taps.count;
+  Sweep<Op::kLanes, Op::kVectors, kFewer<Op>>(n, [&](auto lanes, auto vectors, int64_t i) __attribute__((always_inline)) {
+    constexpr int kN = decltype(lanes)::value;
+    constexpr int kVectors = decltype(vectors)::value;
+    typename Op::template State<kN> state[kVectors];
+    for (int v = 0; v < kVectors; ++v) state[v] = op.Begin(lanes, target + i + v * kN, taps.reads.tap);
+    for (const TapList::Entry* tap = taps.list; tap != end; ++tap) {
+      const int64_t from = source + i + tap->source;
+      for (int v = 0; v < kVectors; ++v) op.Tap(lanes, state[v], from + v * kN, tap->tap);
     }
     if constexpr (kGuarded<Op>) {
       if (!op.Right(vectors, state)) return Gather(op.Careful(), taps, source + i, target + i, kVectors * kN);
@@ -270,13 +306,25 @@ inline int64_t PhaseElements(const Plan& plan) {
 // Reduces `count` adjacent sources to one target.
 template <int N, class Op, class V>
 inline void Fold(const Op& op, V state, int64_t source, int64_t count, int64_t target) {
+  Total<Op, V> total = {state};
+  constexpr int kParts = 4;  // at a time: one alone would wait for every addition
+  for (constexpr int64_t kMany = kParts * kPartTaps * N; count >= kMany; source += kMany, count -= kMany) {
+    V part[kParts];
+    for (int p = 0; p < kParts; ++p) part[p] = op.Begin(Int<N>(), 0, 0);
+    for (int64_t i = 0; i < kMany; i += kParts * N) {
+      for (int p = 0; p < kParts; ++p) op.Tap(Int<N>(), part[p], source + i + p * N, 0);
+    }
+    Op::Merge(part[0], part[1]);
+    Op::Merge(part[2], part[3]);
+    Op::Merge(part[0], part[2]);
+    total.Add(part[0]);
+  }
   while (count >= N) {
     auto part = op.Begin(Int<N>(), 0, 0);
-    for (int64_t end = count > N * kLongRow ? count - N * kLongRow : 0; count >= N && count > end; source += N, count -= N) {
-      op.Tap(Int<N>(), part, source, 0);
-    }
-    Op::Merge(state, part);
+    for (int64_t i = 0; i < kPartTaps && count >= N; ++i, source += N, count -= N) op.Tap(Int<N>(), part, source, 0);
+    total.Add(part);
   }
+  state = total.whole;
   if constexpr (N == 1) {
     op.Finish(Int<1>(), state, target);
   } else {
