@@ -127,6 +127,17 @@ inline Vec<T, N> Broadcast(T value) {
   return value - Vec<T, N>{};
 }
 
+template <class T, int... i>
+inline auto CountTo(std::integer_sequence<int, i...>) {
+  return Vec<T, sizeof...(i)>{static_cast<T>(i)...};
+}
+
+// 0, 1, 2, ...
+template <class T, int N>
+inline Vec<T, N> Count() {
+  return CountTo<T>(std::make_integer_sequence<int, N>());
+}
+
 // Integers of another width, where the compiler has one instruction but builds it from many: `Resize` returns false where
 // there is none.
 template <class To, class From, int N>

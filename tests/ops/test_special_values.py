@@ -59,6 +59,37 @@ def test_a_column_does_not_come_before_a_row(implementation):
     assert indices.item() == 1
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16", "int8", "uint8", "int32"])
+@pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
+@pytest.mark.parametrize(
+    ("sizes", "channels", "window", "strides"),
+    [
+        ((13, 19), 3, (9, 7), (2, 3)),
+        ((14, 14), 16, (11, 11), (1, 1)),
+        ((9, 8, 10), 5, (4, 5, 3), (1, 1, 1)),
+        ((11, 50, 6), 1, (6, 6, 6), (4, 4, 4)),
+        ((33, 80), 2, (16, 40), (17, 40)),
+        ((300,), 1, (300,), (1,)),
+    ],
+)
+def test_ties_in_large_windows(sizes, channels, window, strides, data_format, dtype, native, x64):
+    """Few different numbers, so every window has ties; kernels may reduce rows or columns first."""
+    rng = np.random.default_rng(0)
+    numbers = [-inf, -1, -0.0, 0, inf, nan] if "float" in dtype else [0, 1, 2, 100]
+    shares = [0.5, 0.2, 0.14, 0.14, 0.01, 0.01] if "float" in dtype else [0.4, 0.4, 0.19, 0.01]
+    x = rng.choice(numbers, (2, *sizes, channels), p=shares).astype(jnp.dtype(dtype))
+    x[0, ..., 0] = numbers[0]
+    x = x if data_format == "channels_last" else np.moveaxis(x, -1, 1)
+    call = {"strides": strides, "padding": [(1, 0)] * len(sizes), "data_format": data_format}
+    expected, position = oracle.max_pool(x.astype(np.float64), window, **call)
+    y, indices = jax_mps.max_pool(x, window, **call, return_indices=True, implementation="native")
+    y = np.asarray(y).astype(np.float64)
+    np.testing.assert_array_equal(indices, position)
+    np.testing.assert_array_equal(y, expected)
+    zero = expected == 0
+    np.testing.assert_array_equal(np.signbit(y[zero]), np.signbit(expected[zero]))
+
+
 @pytest.mark.parametrize("data_format", grid.FORMATS)
 @pytest.mark.parametrize(
     "name", ["stem", "aspp", "nine", "blocks", "five", "volume-padded", "volume-long", "global"]

@@ -25,8 +25,9 @@ def jax_call(
 ) -> tuple[Callable[..., Any], Sequence[Any]]:
     """The function to compile for a row, and its operands.
 
-    `keep` returns the result and its pull-back, whose leaves are what is kept. Of `step` the result is
-    an output too, as the next layer would use it.
+    `keep` returns the result and what else its pull-back needs, but for the operands, which are there
+    anyway: as outputs they would be copied. Of `step` the result is an output too, as the next layer would
+    use it.
     """
 
     def keep(*operands: Any) -> Any:
@@ -41,8 +42,13 @@ def jax_call(
 
     if op == "forward":
         return function, operands
+
+    def result_and_kept(*operands: Any) -> Any:
+        result, kept = keep(*operands)
+        return result, [x for x in jax.tree.leaves(kept) if all(x is not y for y in (result, *operands))]
+
     if op == "keep":
-        return keep, operands
+        return result_and_kept, operands
     if op == "pull_back":
         return pull_back, (jax.jit(keep)(*operands)[1], gradient)
     return step, (gradient, *operands)

@@ -138,14 +138,19 @@ void Plan::ChooseForm(const Geometry& geometry, const Wishes& wishes) {
   rows = 1;
   for (int a = 0; a < 2; ++a) rows *= std::clamp<int64_t>(geometry.axis[a].size, 1, geometry.axis[a].taps);
 
-  // Reducing rows first costs a pass over all the sources of a row, and saves all but one of the reads of a tap's row.
-  const int64_t sources_a_target = wishes.backward ? 1 : axis.stride;
-  const bool cheaper = rows_read * axis.taps > sources_a_target * (rows_read + 1) + axis.taps + 1;
+  // Reducing rows first costs a pass over all the sources of a row, and saves all but one of the reads of a tap's row. The
+  // unit is a vector of taps. A target of few channels that is alone fills its vectors in part; single elements are moved to
+  // their phases one by one, but for pairs.
   const bool forward_split = phased && !wishes.backward;
+  const int64_t sources_a_target = wishes.backward ? 1 : axis.stride;
+  const double reads =
+      axis.taps * (phased || axis.stride == 1 ? 1.0 : double(CeilDiv(inner, wishes.lanes) * wishes.lanes) / inner);
+  const double moves = forward_split ? (axis.stride == 2 && inner == 1 ? 1.0 : 0.5 * wishes.lanes) * axis.stride : 0.0;
+  const bool cheaper = rows_read * (reads + moves) > sources_a_target * (rows_read + 1) + wishes.merge * (reads + moves) + 1;
   // Where targets share their only source, what is to be done to it is done once.
   alone = wishes.backward && (axis.windows == 1 || axis.taps <= -last.tap_step);
-  staged = wishes.separable && ((rows_read > 1 && cheaper) || forward_split || (alone && axis.taps > 1) ||
-                                (folded && rows_read > 1) || (geometry.weighted && wishes.backward));
+  staged = (wishes.separable && rows_read > 1 && (cheaper || folded)) ||
+           (wishes.whole && (forward_split || (alone && axis.taps > 1) || (geometry.weighted && wishes.backward)));
   // A walk that needs every row of the window split keeps them all in scratch: give that up where they are too many.
   const int64_t window_span = axis.dilation * (axis.taps - 1) + axis.stride * wishes.lanes;
   if (forward_split && !staged && rows * window_span * block * wishes.width > 4 * kScratchBytes) phased = false;

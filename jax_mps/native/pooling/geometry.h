@@ -59,8 +59,10 @@ struct Chunk {
 struct Wishes {
   bool backward;
   bool separable;  // may reduce vertically first, into a row of scratch
+  bool whole;      // does so whenever rows pass through scratch anyway; if not, only where that is cheaper
   int64_t lanes;   // vector width
   int64_t width;   // bytes of a scratch element
+  int64_t merge;   // what an element of a reduced row costs, in taps
 };
 
 struct Plan {

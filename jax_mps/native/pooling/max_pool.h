@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 #include <type_traits>
 
 #include "isa.h"
@@ -73,12 +74,13 @@ struct MaxTap {
   using Wide = K;
   using Index = SignedLane<K>;
   static constexpr int kLanes = kVectorBytes / sizeof(K), kVectors = 4;
-  static constexpr bool kBackward = false, kSeparable = false, kHalfKey = std::is_same_v<T, Half>;
+  static constexpr bool kBackward = false, kSeparable = true, kRounds = false, kHalfKey = std::is_same_v<T, Half>;
   template <int N>
   struct State {
     Vec<K, N> best;
     Vec<K, N> raw;  // halves only: the key that still tells -0 from +0
     Vec<Index, N> tap;
+    Vec<K, N> Raw() const { return kHalfKey ? raw : best; }
   };
 
   Order<T> order;
@@ -94,25 +96,28 @@ struct MaxTap {
   }
   template <int N>
   void Tap(Int<N>, State<N>& state, int64_t from, int64_t tap) const {
-    const Vec<Key<T>, N> loaded = order.template Load<N>(source + from);
-    Vec<K, N> raw;
-    if constexpr (std::is_same_v<K, Key<T>>) {
-      raw = loaded;
-    } else {
-      raw = Convert<K, N>(loaded);
-    }
-    Vec<K, N> value = raw;
-    if constexpr (kHalfKey) value -= raw == -1;  // -0 equals +0
+    const Vec<K, N> raw = Raw<N>(from);
+    const Vec<K, N> value = Compared<N>(raw);
     auto wins = value > state.best;
     if constexpr (kFloating<T>) wins |= (value != value) & (state.best == state.best);
-    state.best = wins ? value : state.best;
+    Take(state, wins, raw, Broadcast<Index, N>(static_cast<Index>(tap)));
+  }
+  // -0 equals +0.
+  template <int N>
+  static Vec<K, N> Compared(Vec<K, N> raw) {
+    if constexpr (kHalfKey) return raw - (raw == -1);
+    return raw;
+  }
+  template <int N, class Mask>
+  static void Take(State<N>& state, Mask wins, Vec<K, N> raw, Vec<Index, N> tap) {
+    state.best = wins ? Compared<N>(raw) : state.best;
     if constexpr (kHalfKey) state.raw = wins ? raw : state.raw;
-    state.tap = wins ? Broadcast<Index, N>(static_cast<Index>(tap)) : state.tap;
+    state.tap = wins ? tap : state.tap;
   }
   template <int N>
   void Finish(Int<N>, const State<N>& state, int64_t to) const {
     if (target != nullptr) {
-      const Vec<K, N> key = kHalfKey ? state.raw : state.best;
+      const Vec<K, N> key = state.Raw();
       if constexpr (std::is_same_v<K, Key<T>>) {
         order.template Store<N>(target + to, key);
       } else {
@@ -130,6 +135,111 @@ struct MaxTap {
   }
   const MaxTap& At(int64_t) const { return *this; }
   MaxTap From(const T* other) const { return {order, other, target, taps, tap_type}; }
+
+  // With maxima whose taps are no later ones: of equal maxima the one with the first tap wins.
+  template <int N>
+  static void Merge(State<N>& state, Vec<K, N> raw, Vec<Index, N> tap) {
+    const auto value = Compared<N>(raw);
+    auto wins = (value > state.best) | ((value == state.best) & (tap < state.tap));
+    if constexpr (kFloating<T>) wins |= (value != value) & ((state.best == state.best) | (tap < state.tap));
+    Take(state, wins, raw, tap);
+  }
+  template <int N>
+  State<N> Nothing() const {
+    return Begin(Int<N>(), 0, std::numeric_limits<Index>::max());
+  }
+  // Reduces adjacent sources to one target. Operation `Op` is this one, or that from scratch.
+  template <class Op>
+  static void FoldRow(const Op& op, int64_t source, int64_t count, int64_t target, int64_t tap) {
+    if (count < kLanes) {
+      State<1> state = op.template Nothing<1>();
+      for (int64_t i = 0; i < count; ++i) op.Adjacent(Int<1>(), state, source + i, tap + i);
+      return op.Finish(Int<1>(), state, target);
+    }
+    State<kLanes> state = op.template Nothing<kLanes>();
+    for (int64_t i = 0; i + kLanes <= count; i += kLanes) op.Adjacent(Int<kLanes>(), state, source + i, tap + i);
+    // What is left, and some taps once more.
+    op.Adjacent(Int<kLanes>(), state, source + count - kLanes, tap + count - kLanes);
+    FoldLanes(op, state, target);
+  }
+  template <class Op, int N>
+  static void FoldLanes(const Op& op, const State<N>& state, int64_t target) {
+    if constexpr (N == 1) {
+      op.Finish(Int<1>(), state, target);
+    } else {
+      K raw[N];
+      Index tap[N];
+      StoreRaw<N>(raw, state.Raw());
+      StoreRaw<N>(tap, state.tap);
+      State<N / 2> half = op.template Nothing<N / 2>();
+      Merge<N / 2>(half, LoadRaw<K, N / 2>(raw), LoadRaw<Index, N / 2>(tap));
+      Merge<N / 2>(half, LoadRaw<K, N / 2>(raw + N / 2), LoadRaw<Index, N / 2>(tap + N / 2));
+      FoldLanes(op, half, target);
+    }
+  }
+  // Adjacent taps, one in every lane.
+  template <int N>
+  void Adjacent(Int<N>, State<N>& state, int64_t from, int64_t tap) const {
+    Merge<N>(state, Raw<N>(from), static_cast<Index>(tap) + Count<Index, N>());
+  }
+  template <int N>
+  Vec<K, N> Raw(int64_t from) const {
+    const Vec<Key<T>, N> loaded = order.template Load<N>(source + from);
+    if constexpr (std::is_same_v<K, Key<T>>) return loaded;
+    return Convert<K, N>(loaded);
+  }
+
+  // The maxima of columns and, a plane further, their taps.
+  struct OfColumns;
+  MaxTap Stage(const Plan& plan, const Piece& piece, K* row) const {
+    ReduceRows(plan, piece, OfColumns(*this, row, plan.span * plan.block));
+    return *this;
+  }
+};
+
+template <class T, class K>
+constexpr int kPlanes<MaxTap<T, K>> = 2;
+
+template <class T, class K>
+struct MaxTap<T, K>::OfColumns : MaxTap<T, K> {
+  K* maxima;
+  int64_t plane;
+  OfColumns(const MaxTap<T, K>& op, K* maxima, int64_t plane) : MaxTap<T, K>(op), maxima(maxima), plane(plane) {}
+  const OfColumns& At(int64_t) const { return *this; }
+  template <int N>
+  void Finish(Int<N>, const State<N>& state, int64_t to) const {
+    StoreRaw<N>(maxima + to, state.Raw());
+    StoreRaw<N>(reinterpret_cast<Index*>(maxima + plane) + to, state.tap);
+  }
+};
+
+template <class T, class K>
+struct FromScratch<MaxTap<T, K>> : MaxTap<T, K> {
+  using Base = MaxTap<T, K>;
+  using Index = typename Base::Index;
+  template <int N>
+  using State = typename Base::template State<N>;
+  const K* maxima;
+  int64_t plane;
+  FromScratch(const Base& op, const K* maxima, int64_t plane) : Base(op), maxima(maxima), plane(plane) {}
+  const FromScratch& At(int64_t) const { return *this; }
+  template <int N>
+  State<N> Begin(Int<N>, int64_t, int64_t) const {
+    return Base::template Nothing<N>();
+  }
+  template <int N>
+  void Tap(Int<N>, State<N>& state, int64_t from, int64_t tap) const {
+    Base::template Merge<N>(state, LoadRaw<K, N>(maxima + from), TapOfColumn<N>(from) + static_cast<Index>(tap));
+  }
+  template <int N>
+  void Adjacent(Int<N>, State<N>& state, int64_t from, int64_t tap) const {
+    const auto here = TapOfColumn<N>(from) + static_cast<Index>(tap) + Count<Index, N>();
+    Base::template Merge<N>(state, LoadRaw<K, N>(maxima + from), here);
+  }
+  template <int N>
+  Vec<Index, N> TapOfColumn(int64_t from) const {
+    return LoadRaw<Index, N>(reinterpret_cast<const Index*>(maxima + plane) + from);
+  }
 };
 
 // ---- The value at the tap. Every tap inside the image is looked at, so an index that names none of them gives 0. `T` is an

@@ -13,8 +13,9 @@
 //   At(divisor)               the operation for targets with this number of counted taps
 //   Stage(plan, piece, row)   reduces the rows of a piece into one of scratch; returns the operation that goes on from there
 //                             (if separable)
-//   From(scratch)             the operation on another source (if forward and not separable)
-// and, where there is a shortcut for half precision,
+//   From(scratch)             the operation on another source (if forward, and not separable or of several planes)
+// kPlanes<Op> rows of scratch hold what reduced rows leave, if that is more than a number; then FromScratch<Op> is special.
+// And, where there is a shortcut for half precision,
 //   kGuarded, Right(vectors, state), Careful()   states that may be wrong are replaced by those of Careful()
 //   kNarrows, Ordinary(source, count), Narrow()  sources that are Ordinary() are left to Narrow(), which sums in float32
 //   Direct(op)                what takes its place where nothing passes through scratch
@@ -100,6 +101,9 @@ inline const Op& Direct(const Op& op) {
 // Whether an operation has a Narrow() one, of a narrower type, that is as good for sources that are Ordinary().
 template <class Op>
 constexpr bool kNarrows = false;
+
+template <class Op>
+constexpr int kPlanes = 1;
 
 template <class Op>
 constexpr bool Rounds() {
@@ -202,13 +206,16 @@ struct FromScratch : Op {
   // Sums that were cut are whole here, in the order of scratch.
   static constexpr int kLanes = kVector<Op>, kVectors = Op::kVectors * (Op::kLanes / kLanes);
   const typename Op::Wide* scratch;
-  FromScratch(const Op& op, const typename Op::Wide* scratch) : Op(op), scratch(scratch) {}
-  FromScratch At(int64_t divisor) const { return {Op::At(divisor), scratch}; }
+  FromScratch(const Op& op, const typename Op::Wide* scratch, int64_t) : Op(op), scratch(scratch) {}
+  FromScratch At(int64_t divisor) const { return {Op::At(divisor), scratch, 0}; }
   template <int N, class V>
   void Tap(Int<N>, V& state, int64_t source, int64_t) const {
     Op::Merge(state, LoadRaw<typename Op::Wide, N>(scratch + source));
   }
 };
+
+template <class Op>
+constexpr int kPlanes<FromScratch<Op>> = kPlanes<Op>;
 
 // Between a row and its phases, `length` positions apart: phase p holds the positions p, p + stride, ...
 // The row's first position is `first`. `to_phases` is a constant.
@@ -353,7 +360,11 @@ inline void Runs(const Plan& plan, const Piece& piece, const Op& op, const Reads
       if (plan.folded) {
         const int64_t count = rows.rows[0] * rows.rows[1] * run->count;  // there is one row, or none
         for (int64_t j = 0; j < run->length; ++j) {
-          Fold<kVector<Op>>(here, here.Begin(Int<kVector<Op>>(), 0, 0), from + *reads.offset, count, to + j);
+          if constexpr (kPlanes<Op> == 1) {
+            Fold<kVector<Op>>(here, here.Begin(Int<kVector<Op>>(), 0, 0), from + *reads.offset, count, to + j);
+          } else {
+            here.FoldRow(here, from + *reads.offset, count, to + j, reads.tap);
+          }
           from += plan.source_advance;
         }
         continue;
@@ -461,15 +472,21 @@ JAX_MPS_INLINE void WalkPiece(const Plan& plan, const Piece& piece, const Op& op
     if (plan.staged) {
       using Wide = typename Op::Wide;
       Wide* row = scratch;
-      scratch += plan.span * plan.block;
+      int64_t plane = plan.span * plan.block;
+      scratch += kPlanes<Op> * plane;
       const Op staged = op.Stage(plan, piece, row);
       if (split) {
-        MovePhases<true>(row, scratch, first, count, axis.stride, plan.phase_length, plan.block);
+        const int64_t size = PhaseElements(plan);
+        for (int p = 0; p < kPlanes<Op>; ++p) {
+          MovePhases<true>(row + p * plane, scratch + p * size, first, count, axis.stride, plan.phase_length, plan.block);
+        }
         row = scratch;
+        plane = size;
       }
-      return Columns(plan, piece, FromScratch<Op>(staged, row), OneRow(rows), 0, scratch);
+      return Columns(plan, piece, FromScratch<Op>(staged, row, plane), OneRow(rows), 0, scratch);
     }
-  } else if constexpr (!Op::kBackward) {
+  }
+  if constexpr (!Op::kBackward && (!Op::kSeparable || kPlanes<Op> > 1)) {
     if (split) {
       using Element = typename Op::Element;
       Element* phases = reinterpret_cast<Element*>(scratch);
@@ -495,9 +512,9 @@ JAX_MPS_INLINE void WalkPiece(const Plan& plan, const Piece& piece, const Op& op
 
 template <class Op>
 size_t ScratchBytes(const Plan& plan) {
-  int64_t elements = plan.staged ? plan.span * plan.block : 0;
+  int64_t elements = plan.staged ? kPlanes<Op> * plan.span * plan.block : 0;
   if (plan.phased) {
-    elements += PhaseElements(plan) * (Op::kBackward || plan.staged ? 1 : plan.rows);
+    elements += PhaseElements(plan) * (Op::kBackward ? 1 : plan.staged ? kPlanes<Op> : plan.rows);
   }
   if (Op::kBackward && plan.phased) elements += (plan.chunks[0].end - plan.chunks[0].begin) * plan.block;
   return elements * sizeof(typename Op::Wide);
@@ -506,7 +523,9 @@ size_t ScratchBytes(const Plan& plan) {
 // Runs the operation over all targets; false if there was no memory for scratch.
 template <class Op>
 bool Walk(const Geometry& geometry, const Workers& workers, const Op& op) {
-  const Plan plan(geometry, {Op::kBackward, Op::kSeparable, kVector<Op>, sizeof(typename Op::Wide)});
+  constexpr int kScratch = kPlanes<Op>;
+  const Plan plan(geometry, {Op::kBackward, Op::kSeparable, Op::kSeparable && kScratch == 1, kVector<Op>,
+                             kScratch * sizeof(typename Op::Wide), kScratch});
   const size_t scratch_bytes = ScratchBytes<Op>(plan);
   const auto body = [&](int64_t begin, int64_t end) {
     using Wide = typename Op::Wide;
