@@ -53,9 +53,9 @@ def uncover(x: Array, axis: Axis, dim: int, fill: Any) -> Array:
     return resize(x, dim, -axis.low, axis.size + axis.low - x.shape[dim], fill)
 
 
-def tap_of(x: Array, axis: Axis, dim: int, k: int) -> Array:
-    """Tap `k` of every window of a covered array."""
-    first = k * axis.dilation
+def tap_of(x: Array, axis: Axis, dim: int, k: int, first: int = 0) -> Array:
+    """Tap `k` of every window of a covered array, the first of which is at pixel `first`."""
+    first += k * axis.dilation
     return cut(x, dim, first, first + (axis.windows - 1) * axis.stride + 1, axis.stride)
 
 

@@ -117,13 +117,42 @@ def test_no_platform_multiplies_inserted_zeros(name):
 
 def test_cuda_gets_the_convolutions_that_its_library_knows():
     """The transpose of a strided convolution, as JAX itself writes it: what the compiler matches."""
-    case = convs.CASES["dcgan"]._replace(outputs=8)  # few channels have another form
+    case = convs.CASES["dcgan"]._replace(outputs=16)  # few channels have another form
     texts = [program(op, case, "cuda").as_text() for op in convs.OPS]
     assert [text.count("stablehlo.convolution") for text in texts] == [1, 1, 1]
     strided = [numbers(r"stride = \[([^]]*)\]", text) for text in texts]
     assert strided[1] == [2, 2]
     assert numbers(r"lhs_dilate = \[([^]]*)\]", texts[0]) == [2, 2]
     assert numbers(r"rhs_dilate = \[([^]]*)\]", texts[2]) == [2, 2]
+
+
+UNSTRIDED = {
+    "causal": convs.Conv((11,), (4,), 1, ((3, 0),), inputs=5, outputs=5, groups=5),
+    "dilated": convs.Conv((9,), (3,), 1, ((0, 1),), 0, 3, 4, 4, 4, True),
+    "cropped": convs.Conv((8,), (3,), 1, ((-2, 4),), inputs=3, outputs=3, groups=3),
+    "volume": convs.Conv((3, 2, 5), (2, 3, 2), 1, 1, 0, (1, 1, 2), 3, 3, 3),
+}
+"""Depthwise, whose neighbouring results CUDA's threads compute together."""
+
+
+@pytest.mark.parametrize("op", convs.OPS, ids=str)
+@pytest.mark.parametrize(
+    ("name", "data_format"),
+    [
+        (n, f)
+        for n in (*convs.CASES, *UNSTRIDED)
+        for f in grid.FORMATS
+        if f[-4:] == "last" or n not in convs.CASES
+    ],
+)
+def test_the_forms_for_cuda_are_right(name, data_format, op, monkeypatch):
+    """What CUDA gets, run on the CPU."""
+    monkeypatch.setattr("jax_mps.lowering.rule.platform_of", lambda ctx: "cuda")
+    case = convs.CASES.get(name) or UNSTRIDED[name]
+    call = {**case.call, "data_format": data_format}
+    arrays = case.arrays(data_format)
+    compiled = jax.jit(lambda arrays: op.apply(arrays, **call, implementation="xla"))
+    convs.check(op, compiled(arrays), arrays, **call)
 
 
 DISJOINT = {

@@ -15,7 +15,7 @@ Operation = Literal["forward", "data", "weights"]
 _UNROLLED = 64
 """Taps that depthwise forms write out one by one; more are left to a matrix product or a convolution."""
 
-_FEW = 4
+_FEW = 8
 """Channels of a result that are too few for cuDNN."""
 
 
@@ -110,9 +110,18 @@ CHOICES = (
     Choice(
         ("forward",),
         ("cuda",),
-        lambda c: c.outputs <= _FEW,
+        lambda c: c.outputs <= _FEW and all(axis.taps % axis.stride == 0 for axis in c.window.axes),
         "phases",
-        "image_head, H100: 300/274, conv 1025/751, dot 733/686",
+        "image_head, H100: 300/274, conv 1025/751, dot 733/686; 128->8 k4 s2, 64x64, H200: 95/82, "
+        "conv 190/105, dot 126/89",
+    ),
+    Choice(
+        ("forward",),
+        ("cuda",),
+        lambda c: c.outputs <= _FEW // 2,
+        "dot",
+        "phases have taps that are zero; 32->4 k3 s2 of 128x128, H200: 72/69, phases 98/93, conv 139/122; "
+        "3-D 32->2 k3 s2 of 48^3: 115/103, phases 138/106, conv 335/265",
     ),
     Choice(
         _ALL,
