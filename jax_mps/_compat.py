@@ -7,13 +7,16 @@ One code base serves JAX 0.4.34 to 0.12. What the older ones cannot do, whatever
 | before 0.6 | `jax.shard_map` | the experimental one wants `check_rep=False` and says so; then all works |
 | before 0.6 | explicit sharding | there is no such mesh; its tests begin where `jax.set_mesh` does |
 | before 0.7 | Shardy | a mesh that is manual in part gathers over its other axes; results are right |
+| before 0.7 | Shardy | `jit` over sharded arrays runs StableHLO, not the native kernels |
 | before 0.6 | `jax.export` without absl-py | `ImportError`, there and for symbolic shapes, no earlier |
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
+import itertools
 import math
 import re
 import warnings
@@ -23,11 +26,13 @@ from typing import Any
 
 import jax
 import jax.core
+import numpy as np
 from jax import lax
 from jax._src.core import (
     InconclusiveDimensionOperation,  # no public name since JAX 0.11
     trace_state_clean,  # any array would tell too, but starts the devices
 )
+from jax._src.sharding_impls import parse_flatten_op_sharding
 from jax.interpreters import ad, mlir
 
 try:
@@ -41,6 +46,11 @@ except ImportError:
     from jax.extend import ffi
 
 try:
+    from jax.experimental.custom_partitioning import custom_partitioning as _custom_partitioning
+except ImportError:  # experimental modules come and go
+    _custom_partitioning = None  # type: ignore[assignment, misc]
+
+try:
     from jax.experimental import jet as _jet
 except ImportError:  # experimental modules come and go
     _jet = None  # type: ignore[assignment]
@@ -48,10 +58,12 @@ except ImportError:  # experimental modules come and go
 __all__ = [
     "Primitive",
     "call_native",
+    "can_partition",
     "define_jet",
     "ffi_api_minor",
     "for_export",
     "is_symbolic",
+    "lower_partitioned",
     "lower_plainly",
     "max_dim",
     "min_dim",
@@ -259,6 +271,110 @@ def lower_plainly(fun: Callable[..., Any]) -> Callable[..., Any]:
             return chosen(ctx.replace(avals_in=avals), *operands, **params)
 
     return lower
+
+
+# --- several devices ----------------------------------------------------------------------------------
+
+HAS_SHARDING_RULES = (
+    _custom_partitioning is not None
+    and {"sharding_rule", "permutation_factors"}
+    <= set(inspect.signature(_custom_partitioning.def_partition).parameters)
+    and bool(getattr(jax.config, "jax_use_shardy_partitioner", False))
+)
+"""Whether custom calls can say how they are cut: by Shardy, with factors that are not kept whole."""
+
+
+def can_partition(ctx: mlir.LoweringRuleContext) -> bool:
+    """Whether `lower_partitioned` can serve: nothing is manual, and Shardy partitions."""
+    devices = getattr(ctx.module_context.axis_context, "num_devices", None)
+    return (
+        HAS_SHARDING_RULES
+        and bool(jax.config.jax_use_shardy_partitioner)
+        and devices is not None
+        and devices <= len(jax.devices("cpu"))
+    )
+
+
+def lower_partitioned(
+    ctx: mlir.LoweringRuleContext,
+    fun: Callable[..., Any],
+    sharding_rule: tuple[str, dict[str, Any]],
+    plan: Callable[..., tuple[Callable[..., Any], Sequence[Any], Sequence[Any]]],
+    *operands: Any,
+) -> Any:
+    """Lowers a function so that the partitioner asks how to cut it.
+
+    Args:
+      ctx: of the lowering.
+      fun: the function of the operands.
+      sharding_rule: an `einsum` of factors, and the keywords that belong to it.
+      plan: the function of (mesh, operands, results) that gives what a device computes of its blocks, and
+        the specs of operands and results. `mesh` has the length of each axis; of each array there are the
+        shape, the dtype, and for each axis the names of the mesh axes that cut it.
+      operands: of the lowering.
+    """
+    axes: Any = ctx.module_context.axis_context
+    # A program does not depend on which devices they are, but JAX wants some.
+    devices = tuple(jax.devices("cpu")[: axes.num_devices])
+    axes = dataclasses.replace(axes, device_assignment=devices)
+    ctx = ctx.replace(module_context=ctx.module_context.replace(axis_context=axes))
+
+    def partition(_: Any, arguments: Any, result: Any) -> Any:
+        results, tree = jax.tree.flatten(result)
+        arrays = [*arguments, *results]
+        mesh, specs = _decoded(devices, arrays)
+        described = [(tuple(x.shape), x.dtype, spec) for x, spec in zip(arrays, specs, strict=True)]
+        n = len(arguments)
+        local, ins, outs = plan(dict(mesh.shape), described[:n], described[n:])
+
+        def placed(spec: Any) -> Any:
+            names = (axis_names or None for axis_names in spec)
+            return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*names))
+
+        return (
+            mesh,
+            lambda *parts: tree.unflatten(local(*parts)),
+            tree.unflatten([placed(spec) for spec in outs]),
+            tuple(placed(spec) for spec in ins),
+        )
+
+    partitioned = _custom_partitioning(fun)
+    text, keywords = sharding_rule
+    # Shardings are decoded here: the user's mesh is not known, and its axes may be cut in part.
+    partitioned.def_partition(partition, decode_shardings=False, sharding_rule=text, **keywords)
+    return lower_plainly(partitioned)(ctx, *operands)
+
+
+def _decoded(devices: Sequence[Any], arrays: Sequence[Any]) -> tuple[Any, list[Any]]:
+    """A mesh whose axes have prime lengths, and for each axis of each array the mesh axes that cut it.
+
+    Every mesh of the user, and every part of its axes, consists of such axes in some order.
+    """
+    orders = sorted(set(itertools.permutations(_prime_factors(len(devices)))))
+    meshes = [
+        jax.sharding.Mesh(np.array(devices).reshape(lengths), [f"axis{i}" for i in range(len(lengths))])
+        for lengths in orders
+    ]
+    each = [(mesh, [_spec(x, mesh) for x in arrays]) for mesh in meshes]
+    mesh, specs = min(each, key=lambda found: found[1].count(None))
+    return mesh, [spec or ((),) * x.ndim for x, spec in zip(arrays, specs, strict=True)]
+
+
+def _prime_factors(n: int) -> list[int]:
+    p = next((p for p in range(2, math.isqrt(n) + 1) if n % p == 0), n)
+    return [] if n == 1 else [p, *_prime_factors(n // p)]
+
+
+def _spec(x: Any, mesh: Any) -> tuple[tuple[str, ...], ...] | None:
+    """For each axis of an array the mesh axes that cut it; None where this mesh cannot say it."""
+    spec: Any = ()
+    if x.sharding is not None:
+        try:
+            (spec,) = parse_flatten_op_sharding(x.sharding._to_xla_hlo_sharding(x.ndim), mesh)
+        except (ArithmeticError, AssertionError, LookupError, NotImplementedError, ValueError):
+            return None
+    names = [() if n is None else _names(n) for n in spec]
+    return (*names, *[()] * (x.ndim - len(names)))
 
 
 # --- foreign functions --------------------------------------------------------------------------------

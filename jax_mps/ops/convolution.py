@@ -29,7 +29,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jax_mps import _compat, geometry
 from jax_mps.geometry import DataFormat, Ints, Padding, Window
 from jax_mps.lowering import conv_transpose as lowered
-from jax_mps.lowering import rule
+from jax_mps.lowering import partition, rule
 from jax_mps.ops import edges, operands, primitive
 from jax_mps.ops.operands import FLOATS
 
@@ -676,10 +676,7 @@ def _native(name: str) -> Callable[..., tuple[str, dict[str, Any]]]:
     return call
 
 
-# --- vmap ---------------------------------------------------------------------------------------------
-#
-# `vmap` adds a batch axis where only an image is mapped. Otherwise the mapped axis becomes part of a channel
-# axis: of the one that one operand alone has, if that operand alone is mapped, or of the groups.
+# --- several devices ----------------------------------------------------------------------------------
 
 
 class _Roles(NamedTuple):
@@ -687,6 +684,42 @@ class _Roles(NamedTuple):
 
     arrays: tuple[str, str]
     result: str
+
+
+def _factors(roles: _Roles) -> Callable[..., partition.Factors]:
+    """What devices share of a primitive: images, pixels, groups, and channels within a group."""
+
+    def factors(a: Any, b: Any, *, window: Window, start: int, **params: Any) -> partition.Factors:
+        channel, groups = _channel(window, start, params["channels_last"]), params["groups"]
+        kinds = {"x": partition.POOLED, "y": partition.IMAGE}
+        ndim = (a if roles.arrays[0] != "kernel" else b).ndim
+        shapes = dict(zip(roles.arrays, (a.shape, b.shape), strict=True))
+        sizes = {"group": groups}
+        if "kernel" in shapes:
+            pair = ("out", "in") if params["transpose_kernel"] else ("in", "out")
+            sizes |= {pair[0]: shapes["kernel"][-2], pair[1]: shapes["kernel"][-1] // groups}
+        else:
+            sizes |= {"in": shapes["x"][channel] // groups, "out": shapes["y"][channel] // groups}
+
+        def channels(factor: str) -> tuple[str, ...]:
+            return tuple(f for f in ("group", factor) if sizes[f] > 1) or (factor,)
+
+        arrays = {}
+        for name, factor in (("x", "in"), ("y", "out")):
+            image = partition.of_images(ndim, start, window.rank, kinds[name])
+            arrays[name] = (*image[:channel], channels(factor), *image[channel + 1 :])
+        taps = tuple((f"{partition.TAP}{k}",) for k in range(window.rank))
+        minor, full = ("out", "in") if params["transpose_kernel"] else ("in", "out")
+        arrays["kernel"] = (*taps, (minor,), channels(full))
+        return partition.Factors(tuple(arrays[name] for name in roles.arrays), (arrays[roles.result],), sizes)
+
+    return factors
+
+
+# --- vmap ---------------------------------------------------------------------------------------------
+#
+# `vmap` adds a batch axis where only an image is mapped. Otherwise the mapped axis becomes part of a channel
+# axis: of the one that one operand alone has, if that operand alone is mapped, or of the groups.
 
 
 class _Channels(NamedTuple):
@@ -797,6 +830,7 @@ conv_transpose_p = primitive.define(
     xla_fun=lowered.forward,
     native=_native("conv_transpose"),
     batch=_batch(_Roles(("x", "kernel"), "y")),
+    factors=_factors(_Roles(("x", "kernel"), "y")),
 )
 conv_transpose_gradient_data_p = primitive.define(
     "conv_transpose_gradient_data",
@@ -804,6 +838,7 @@ conv_transpose_gradient_data_p = primitive.define(
     xla_fun=lowered.gradient_data,
     native=_native("conv_transpose_gradient_data"),
     batch=_batch(_Roles(("y", "kernel"), "x")),
+    factors=_factors(_Roles(("y", "kernel"), "x")),
 )
 conv_transpose_gradient_weights_p = primitive.define(
     "conv_transpose_gradient_weights",
@@ -811,6 +846,7 @@ conv_transpose_gradient_weights_p = primitive.define(
     xla_fun=lowered.gradient_weights,
     native=_native("conv_transpose_gradient_weights"),
     batch=_batch(_Roles(("y", "x"), "kernel")),
+    factors=_factors(_Roles(("y", "x"), "kernel")),
 )
 
 

@@ -17,12 +17,20 @@ import jax
 import pytest
 from jax.sharding import Mesh
 
+from jax_mps import _compat
+from jax_mps.lowering import library
+
 INSIDE = os.environ.get("JAX_MPS_TEST_DEVICES") == "4"
 """Whether this is that process."""
 
 needs_explicit_sharding = pytest.mark.skipif(
     not (hasattr(jax, "set_mesh") and hasattr(jax.sharding, "AxisType")),
     reason="this JAX has no explicit sharding",
+)
+
+needs_partitioning = pytest.mark.skipif(
+    not (_compat.HAS_SHARDING_RULES and library.status().available),
+    reason="this JAX has no partitioning by rule, or there are no native kernels",
 )
 
 
