@@ -105,12 +105,16 @@ def register(
         if reason and implementation == "native":
             raise ValueError(f"implementation='native' cannot be had: {reason}")
         alone = _compat.runs_whole_arrays(ctx)
-        slower = native_is_slower(ctx.avals_in[0], **params) or (not alone and _is_reduction(**params))
-        if reason or implementation == "xla" or (implementation is None and slower):
+
+        def slower() -> bool:
+            return native_is_slower(ctx.avals_in[0], **params) or (not alone and _is_reduction(**params))
+
+        if reason or implementation == "xla" or (implementation is None and slower()):
             return to_stablehlo(ctx, *operands, **params)
         if not alone:
             params["implementation"] = implementation
-            return _lower_parts(ctx, primitive, factors(*ctx.avals_in, **params), params, operands)  # type: ignore[misc]
+            shares = factors(*ctx.avals_in, **params)  # type: ignore[misc]
+            return _lower_parts(ctx, primitive, shares, params, operands)
         name, attributes = native(**params)  # type: ignore[misc]
         return _compat.call_native(ctx, library.target(name), *operands, **attributes)
 
