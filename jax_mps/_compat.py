@@ -20,7 +20,7 @@ import itertools
 import math
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,7 @@ __all__ = [
     "retyped",
     "runs_whole_arrays",
     "sharded_like",
+    "sharding_of",
     "symbolic_below",
     "vary_alike",
     "warn_if_untested",
@@ -149,7 +150,13 @@ def _varying(array: Any) -> frozenset[str]:
 # --- types --------------------------------------------------------------------------------------------
 
 
-def retyped(aval: Any, shape: tuple[Any, ...], dtype: Any, origin: Sequence[int | None] | None = None) -> Any:
+def retyped(
+    aval: Any,
+    shape: tuple[Any, ...],
+    dtype: Any,
+    origin: Sequence[int | None] | None = None,
+    also: Mapping[int, Any] | None = None,
+) -> Any:
     """The type `aval` with another shape and dtype; its sharding and what it varies over stay.
 
     On an explicit mesh an axis whose new length the mesh does not divide is no longer sharded.
@@ -166,7 +173,13 @@ def retyped(aval: Any, shape: tuple[Any, ...], dtype: Any, origin: Sequence[int 
     changes: dict[str, Any] = {"shape": shape, "dtype": dtype, "weak_type": False}
     sharding = getattr(aval, "sharding", None)
     if sharding is not None and not sharding.mesh.empty and (origin is not None or any(sharding.spec)):
-        old = sharding.spec if origin is None else [None if i is None else sharding.spec[i] for i in origin]
+        old = list(
+            sharding.spec if origin is None else [None if i is None else sharding.spec[i] for i in origin]
+        )
+        for i, names in (also or {}).items():
+            taken = {a for other in old if other is not None for a in _names(other)}
+            if names is not None and taken.isdisjoint(_names(names)):
+                old[i] = names
         spec = [
             names
             if names is None or n % math.prod(sharding.mesh.shape[a] for a in _names(names)) == 0
@@ -175,6 +188,15 @@ def retyped(aval: Any, shape: tuple[Any, ...], dtype: Any, origin: Sequence[int 
         ]
         changes["sharding"] = sharding.update(spec=jax.sharding.PartitionSpec(*spec))
     return aval.update(**changes)
+
+
+def sharding_of(aval: Any, axis: int) -> tuple[Any, int]:
+    """How an axis is sharded on an explicit mesh: the names of mesh axes, or None, and how many parts."""
+    sharding = getattr(aval, "sharding", None)
+    if sharding is None or sharding.mesh.empty or not sharding.spec or sharding.spec[axis] is None:
+        return None, 1
+    names = sharding.spec[axis]
+    return names, math.prod(sharding.mesh.shape[a] for a in _names(names))
 
 
 def _names(names: Any) -> tuple[Any, ...]:
@@ -331,9 +353,19 @@ def lower_partitioned(
             names = (axis_names or None for axis_names in spec)
             return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*names))
 
+        types = tuple(
+            (
+                tuple(
+                    -(-n // math.prod(mesh.shape[a] for a in axes))
+                    for n, axes in zip(x.shape, spec, strict=True)
+                ),
+                x.dtype,
+            )
+            for x, spec in zip(results, outs, strict=True)
+        )
         return (
             mesh,
-            lambda *parts: tree.unflatten(local(*parts)),
+            lambda *parts: tree.unflatten(_part_p.bind(*parts, function=local, types=types)),
             tree.unflatten([placed(spec) for spec in outs]),
             tuple(placed(spec) for spec in ins),
         )
@@ -343,6 +375,19 @@ def lower_partitioned(
     # Shardings are decoded here: the user's mesh is not known, and its axes may be cut in part.
     partitioned.def_partition(partition, decode_shardings=False, sharding_rule=text, **keywords)
     return lower_plainly(partitioned)(ctx, *operands)
+
+
+# What one device computes: lowered without the mesh of `jax.set_mesh`, whose axes are not there any more.
+_part_p = Primitive("jax_mps_part")
+_part_p.multiple_results = True
+_part_p.def_abstract_eval(lambda *_, function, types: [jax.core.ShapedArray(*t) for t in types])
+
+
+def _lower_part(ctx: mlir.LoweringRuleContext, *parts: Any, function: Callable[..., Any], types: Any) -> Any:
+    return lower_plainly(function)(ctx, *parts)
+
+
+mlir.register_lowering(_part_p, _lower_part)
 
 
 def _decoded(devices: Sequence[Any], arrays: Sequence[Any]) -> tuple[Any, list[Any]]:

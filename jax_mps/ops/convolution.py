@@ -635,32 +635,54 @@ def _channel(window: Window, start: int, channels_last: bool) -> int:
     return start + window.rank if channels_last else start - 1
 
 
-def _image_aval(x: Any, sizes: Sequence[Any], channels: int, params: dict[str, Any]) -> Any:
-    """The type of an image of those sizes and channels, beside the image type `x`."""
+def _image_aval(
+    x: Any, kernel: Any, sizes: Sequence[Any], channels: int, full: bool, params: dict[str, Any]
+) -> Any:
+    """The type of an image of those sizes and channels, beside the image type `x`.
+
+    `full` says whether the last axis of the kernel holds the channels of all groups, or that before it those
+    of one.
+    """
     start, channel = params["start"], _channel(params["window"], params["start"], params["channels_last"])
     shape, origin = list(x.shape), list[int | None](range(x.ndim))
     shape[start : start + len(sizes)] = sizes
     shape[channel] = channels
     origin[channel] = None
-    return _compat.retyped(x, tuple(shape), params["out_dtype"], origin)
+    if params["groups"] == 1:
+        also = _compat.sharding_of(kernel, -1 if full else -2)[0]
+    else:
+        also = _of_groups(x, channel, params) or (_of_groups(kernel, -1, params) if full else None)
+    return _compat.retyped(x, tuple(shape), params["out_dtype"], origin, {channel: also})
+
+
+def _of_groups(array: Any, axis: int, params: dict[str, Any]) -> Any:
+    """How an axis with the channels of several groups is sharded, if each part holds whole groups."""
+    names, parts = _compat.sharding_of(array, axis)
+    return names if params["groups"] % parts == 0 else None
 
 
 def _forward_aval(x: Any, kernel: Any, **params: Any) -> Any:
-    outputs = kernel.shape[-2] * params["groups"] if params["transpose_kernel"] else kernel.shape[-1]
-    return _image_aval(x, params["window"].sizes, outputs, params)
+    full = not params["transpose_kernel"]
+    outputs = kernel.shape[-1] if full else kernel.shape[-2] * params["groups"]
+    return _image_aval(x, kernel, params["window"].sizes, outputs, full, params)
 
 
 def _data_aval(g: Any, kernel: Any, **params: Any) -> Any:
-    inputs = kernel.shape[-1] if params["transpose_kernel"] else kernel.shape[-2] * params["groups"]
-    return _image_aval(g, params["window"].counts, inputs, params)
+    full = params["transpose_kernel"]
+    inputs = kernel.shape[-1] if full else kernel.shape[-2] * params["groups"]
+    return _image_aval(g, kernel, params["window"].counts, inputs, full, params)
 
 
 def _weights_aval(g: Any, x: Any, **params: Any) -> Any:
     window, channel = params["window"], _channel(params["window"], params["start"], params["channels_last"])
-    outputs, inputs = g.shape[channel], x.shape[channel]
-    pair = (outputs, inputs) if params["transpose_kernel"] else (inputs, outputs)
-    shape = (*window.shape, pair[0] // params["groups"], pair[1])
-    return _compat.retyped(g, shape, params["out_dtype"], [None] * len(shape))
+    pair = (g, x) if params["transpose_kernel"] else (x, g)
+    minor, full = (a.shape[channel] for a in pair)
+    shape = (*window.shape, minor // params["groups"], full)
+    if params["groups"] == 1:
+        also = {window.rank + i: _compat.sharding_of(a, channel)[0] for i, a in enumerate(pair)}
+    else:
+        also = {window.rank + 1: _of_groups(pair[1], channel, params)}
+    return _compat.retyped(g, shape, params["out_dtype"], [None] * len(shape), also)
 
 
 def _native(name: str) -> Callable[..., tuple[str, dict[str, Any]]]:
