@@ -320,6 +320,7 @@ def can_partition(ctx: mlir.LoweringRuleContext) -> bool:
 def lower_partitioned(
     ctx: mlir.LoweringRuleContext,
     fun: Callable[..., Any],
+    description: str,
     sharding_rule: tuple[str, dict[str, Any]],
     plan: Callable[..., tuple[Callable[..., Any], Sequence[Any], Sequence[Any]]],
     *operands: Any,
@@ -329,6 +330,7 @@ def lower_partitioned(
     Args:
       ctx: of the lowering.
       fun: the function of the operands.
+      description: tells it from every other function.
       sharding_rule: an `einsum` of factors, and the keywords that belong to it.
       plan: the function of (mesh, operands, results) that gives what a device computes of its blocks, and
         the specs of operands and results. `mesh` has the length of each axis; of each array there are the
@@ -374,7 +376,12 @@ def lower_partitioned(
     text, keywords = sharding_rule
     # Shardings are decoded here: the user's mesh is not known, and its axes may be cut in part.
     partitioned.def_partition(partition, decode_shardings=False, sharding_rule=text, **keywords)
-    return lower_plainly(partitioned)(ctx, *operands)
+    results = lower_plainly(partitioned)(ctx, *operands)
+    # The call has the address of `partition` alone, and a cache of programs must tell calls apart.
+    call = jax.tree.leaves(results)[0].owner
+    attributes: dict[str, Any] = {"jax_mps": mlir.ir.StringAttr.get(description)}
+    call.attributes["mhlo.frontend_attributes"] = mlir.ir.DictAttr.get(attributes)
+    return results
 
 
 # What one device computes: lowered without the mesh of `jax.set_mesh`, whose axes are not there any more.

@@ -145,7 +145,8 @@ def _lower_parts(
     def whole(*arrays: Any) -> Any:
         return primitive.bind(*arrays, **params)
 
-    return _compat.lower_partitioned(ctx, whole, factors.sharding_rule(), plan, *operands)
+    description = f"{library.target(primitive.name)} {sorted(params.items())}"
+    return _compat.lower_partitioned(ctx, whole, description, factors.sharding_rule(), plan, *operands)
 
 
 def _check_apple_has(name: str, avals: Sequence[Any]) -> None:
