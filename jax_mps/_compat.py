@@ -7,7 +7,7 @@ One code base serves JAX 0.4.34 to 0.12. What the older ones cannot do, whatever
 | before 0.6 | `jax.shard_map` | the experimental one wants `check_rep=False` and says so; then all works |
 | before 0.6 | explicit sharding | there is no such mesh; its tests begin where `jax.set_mesh` does |
 | before 0.7 | Shardy | a mesh that is manual in part gathers over its other axes; results are right |
-| before 0.7 | Shardy | `jit` over sharded arrays runs StableHLO, not the native kernels |
+| before 0.7.2 | sharding rules with factors that are exchanged | `jit` over sharded arrays runs StableHLO, not the native kernels |
 | before 0.6 | `jax.export` without absl-py | `ImportError`, there and for symbolic shapes, no earlier |
 """
 
