@@ -7,7 +7,7 @@ One code base serves JAX 0.4.34 to 0.12. What the older ones cannot do, whatever
 | before 0.6 | `jax.shard_map` | the experimental one wants `check_rep=False` and says so; then all works |
 | before 0.6 | explicit sharding | there is no such mesh; its tests begin where `jax.set_mesh` does |
 | before 0.7 | Shardy | a mesh that is manual in part gathers over its other axes; results are right |
-| before 0.7.2 | sharding rules with factors that are exchanged | `jit` over sharded arrays runs StableHLO, not the native kernels |
+| before 0.8 | partitioned custom calls on explicit meshes | `jit` over sharded arrays runs StableHLO |
 | before 0.6 | `jax.export` without absl-py | `ImportError`, there and for symbolic shapes, no earlier |
 """
 
@@ -299,11 +299,11 @@ def lower_plainly(fun: Callable[..., Any]) -> Callable[..., Any]:
 
 HAS_SHARDING_RULES = (
     _custom_partitioning is not None
-    and {"sharding_rule", "permutation_factors"}
-    <= set(inspect.signature(_custom_partitioning.def_partition).parameters)
-    and bool(getattr(jax.config, "jax_use_shardy_partitioner", False))
+    # Before, what a device computes of a program on an explicit mesh still had that mesh.
+    and jax.__version_info__ >= (0, 8)
+    and bool(getattr(jax.config, "jax_use_shardy_partitioner", True))
 )
-"""Whether custom calls can say how they are cut: by Shardy, with factors that are not kept whole."""
+"""Whether custom calls can say how they are cut."""
 
 
 def can_partition(ctx: mlir.LoweringRuleContext) -> bool:
@@ -311,7 +311,7 @@ def can_partition(ctx: mlir.LoweringRuleContext) -> bool:
     devices = getattr(ctx.module_context.axis_context, "num_devices", None)
     return (
         HAS_SHARDING_RULES
-        and bool(jax.config.jax_use_shardy_partitioner)
+        and bool(getattr(jax.config, "jax_use_shardy_partitioner", True))
         and devices is not None
         and devices <= len(jax.devices("cpu"))
     )
