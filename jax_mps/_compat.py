@@ -16,7 +16,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-import itertools
 import math
 import re
 import warnings
@@ -402,14 +401,21 @@ def _decoded(devices: Sequence[Any], arrays: Sequence[Any]) -> tuple[Any, list[A
 
     Every mesh of the user, and every part of its axes, consists of such axes in some order.
     """
-    orders = sorted(set(itertools.permutations(_prime_factors(len(devices)))))
     meshes = [
         jax.sharding.Mesh(np.array(devices).reshape(lengths), [f"axis{i}" for i in range(len(lengths))])
-        for lengths in orders
+        for lengths in _orders(_prime_factors(len(devices)))
     ]
     each = [(mesh, [_spec(x, mesh) for x in arrays]) for mesh in meshes]
     mesh, specs = min(each, key=lambda found: found[1].count(None))
     return mesh, [spec or ((),) * x.ndim for x, spec in zip(arrays, specs, strict=True)]
+
+
+def _orders(numbers: Sequence[int]) -> list[tuple[int, ...]]:
+    """The different orders of numbers, some of which may be equal."""
+    if not numbers:
+        return [()]
+    rests = {n: [*numbers[:i], *numbers[i + 1 :]] for i, n in enumerate(numbers)}
+    return [(n, *rest) for n in sorted(rests) for rest in _orders(rests[n])]
 
 
 def _prime_factors(n: int) -> list[int]:
