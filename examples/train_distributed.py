@@ -133,10 +133,10 @@ def make_step(network: Any, rule: Any, mesh: Mesh) -> Callable[..., tuple[State,
 
     def gradient(params: Any, noisy: jax.Array, clean: jax.Array) -> tuple[jax.Array, Any]:
         # Each device differentiates by its own copy of the parameters. By default JAX adds up every gradient
-        # on its own, and a network between processes takes its latency for each of them.
+        # on its own, and between processes each of these sums takes a latency.
         mine = lax.pcast(params, "data", to="varying")
         found = jax.value_and_grad(loss)(mine, noisy, clean)
-        # All of them as one vector: one all-reduce for a step.
+        # All of them as one vector: Gloo sends array by array.
         vector, unravel = ravel_pytree(found)
         return unravel(lax.pmean(vector, "data"))
 
