@@ -7,27 +7,31 @@ One code base serves JAX 0.4.34 to 0.12. What the older ones cannot do, whatever
 | before 0.6 | `jax.shard_map` | the experimental one wants `check_rep=False` and says so; then all works |
 | before 0.6 | explicit sharding | there is no such mesh; its tests begin where `jax.set_mesh` does |
 | before 0.7 | Shardy | a mesh that is manual in part gathers over its other axes; results are right |
+| before 0.8 | partitioned custom calls on explicit meshes | `jit` over sharded arrays runs StableHLO |
 | before 0.6 | `jax.export` without absl-py | `ImportError`, there and for symbolic shapes, no earlier |
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import math
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.core
+import numpy as np
 from jax import lax
 from jax._src.core import (
     InconclusiveDimensionOperation,  # no public name since JAX 0.11
     trace_state_clean,  # any array would tell too, but starts the devices
 )
+from jax._src.sharding_impls import parse_flatten_op_sharding
 from jax.interpreters import ad, mlir
 
 try:
@@ -41,6 +45,11 @@ except ImportError:
     from jax.extend import ffi
 
 try:
+    from jax.experimental.custom_partitioning import custom_partitioning as _custom_partitioning
+except ImportError:  # experimental modules come and go
+    _custom_partitioning = None  # type: ignore[assignment, misc]
+
+try:
     from jax.experimental import jet as _jet
 except ImportError:  # experimental modules come and go
     _jet = None  # type: ignore[assignment]
@@ -48,10 +57,12 @@ except ImportError:  # experimental modules come and go
 __all__ = [
     "Primitive",
     "call_native",
+    "can_partition",
     "define_jet",
     "ffi_api_minor",
     "for_export",
     "is_symbolic",
+    "lower_partitioned",
     "lower_plainly",
     "max_dim",
     "min_dim",
@@ -61,6 +72,7 @@ __all__ = [
     "retyped",
     "runs_whole_arrays",
     "sharded_like",
+    "sharding_of",
     "symbolic_below",
     "vary_alike",
     "warn_if_untested",
@@ -137,7 +149,13 @@ def _varying(array: Any) -> frozenset[str]:
 # --- types --------------------------------------------------------------------------------------------
 
 
-def retyped(aval: Any, shape: tuple[Any, ...], dtype: Any, origin: Sequence[int | None] | None = None) -> Any:
+def retyped(
+    aval: Any,
+    shape: tuple[Any, ...],
+    dtype: Any,
+    origin: Sequence[int | None] | None = None,
+    also: Mapping[int, Any] | None = None,
+) -> Any:
     """The type `aval` with another shape and dtype; its sharding and what it varies over stay.
 
     On an explicit mesh an axis whose new length the mesh does not divide is no longer sharded.
@@ -154,7 +172,13 @@ def retyped(aval: Any, shape: tuple[Any, ...], dtype: Any, origin: Sequence[int 
     changes: dict[str, Any] = {"shape": shape, "dtype": dtype, "weak_type": False}
     sharding = getattr(aval, "sharding", None)
     if sharding is not None and not sharding.mesh.empty and (origin is not None or any(sharding.spec)):
-        old = sharding.spec if origin is None else [None if i is None else sharding.spec[i] for i in origin]
+        old = list(
+            sharding.spec if origin is None else [None if i is None else sharding.spec[i] for i in origin]
+        )
+        for i, names in (also or {}).items():
+            taken = {a for other in old if other is not None for a in _names(other)}
+            if names is not None and taken.isdisjoint(_names(names)):
+                old[i] = names
         spec = [
             names
             if names is None or n % math.prod(sharding.mesh.shape[a] for a in _names(names)) == 0
@@ -163,6 +187,15 @@ def retyped(aval: Any, shape: tuple[Any, ...], dtype: Any, origin: Sequence[int 
         ]
         changes["sharding"] = sharding.update(spec=jax.sharding.PartitionSpec(*spec))
     return aval.update(**changes)
+
+
+def sharding_of(aval: Any, axis: int) -> tuple[Any, int]:
+    """How an axis is sharded on an explicit mesh: the names of mesh axes, or None, and how many parts."""
+    sharding = getattr(aval, "sharding", None)
+    if sharding is None or sharding.mesh.empty or not sharding.spec or sharding.spec[axis] is None:
+        return None, 1
+    names = sharding.spec[axis]
+    return names, math.prod(sharding.mesh.shape[a] for a in _names(names))
 
 
 def _names(names: Any) -> tuple[Any, ...]:
@@ -259,6 +292,147 @@ def lower_plainly(fun: Callable[..., Any]) -> Callable[..., Any]:
             return chosen(ctx.replace(avals_in=avals), *operands, **params)
 
     return lower
+
+
+# --- several devices ----------------------------------------------------------------------------------
+
+HAS_SHARDING_RULES = (
+    _custom_partitioning is not None
+    # Before, what a device computes of a program on an explicit mesh still had that mesh.
+    and jax.__version_info__ >= (0, 8)
+    and bool(getattr(jax.config, "jax_use_shardy_partitioner", True))
+)
+"""Whether custom calls can say how they are cut."""
+
+
+def can_partition(ctx: mlir.LoweringRuleContext) -> bool:
+    """Whether `lower_partitioned` can serve: nothing is manual, and Shardy partitions."""
+    devices = getattr(ctx.module_context.axis_context, "num_devices", None)
+    return (
+        HAS_SHARDING_RULES
+        and bool(getattr(jax.config, "jax_use_shardy_partitioner", True))
+        and devices is not None
+        and devices <= len(jax.devices("cpu"))
+    )
+
+
+def lower_partitioned(
+    ctx: mlir.LoweringRuleContext,
+    fun: Callable[..., Any],
+    description: str,
+    sharding_rule: tuple[str, dict[str, Any]],
+    plan: Callable[..., tuple[Callable[..., Any], Sequence[Any], Sequence[Any]]],
+    *operands: Any,
+) -> Any:
+    """Lowers a function so that the partitioner asks how to cut it.
+
+    Args:
+      ctx: of the lowering.
+      fun: the function of the operands.
+      description: tells it from every other function.
+      sharding_rule: an `einsum` of factors, and the keywords that belong to it.
+      plan: the function of (mesh, operands, results) that gives what a device computes of its blocks, and
+        the specs of operands and results. `mesh` has the length of each axis; of each array there are the
+        shape, the dtype, and for each axis the names of the mesh axes that cut it.
+      operands: of the lowering.
+    """
+    axes: Any = ctx.module_context.axis_context
+    # A program does not depend on which devices they are, but JAX wants some.
+    devices = tuple(jax.devices("cpu")[: axes.num_devices])
+    axes = dataclasses.replace(axes, device_assignment=devices)
+    ctx = ctx.replace(module_context=ctx.module_context.replace(axis_context=axes))
+
+    def partition(_: Any, arguments: Any, result: Any) -> Any:
+        results, tree = jax.tree.flatten(result)
+        arrays = [*arguments, *results]
+        mesh, specs = _decoded(devices, arrays)
+        described = [(tuple(x.shape), x.dtype, spec) for x, spec in zip(arrays, specs, strict=True)]
+        n = len(arguments)
+        local, ins, outs = plan(dict(mesh.shape), described[:n], described[n:])
+
+        def placed(spec: Any) -> Any:
+            names = (axis_names or None for axis_names in spec)
+            return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*names))
+
+        types = tuple(
+            (
+                tuple(
+                    -(-n // math.prod(mesh.shape[a] for a in axes))
+                    for n, axes in zip(x.shape, spec, strict=True)
+                ),
+                x.dtype,
+            )
+            for x, spec in zip(results, outs, strict=True)
+        )
+        return (
+            mesh,
+            lambda *parts: tree.unflatten(_part_p.bind(*parts, function=local, types=types)),
+            tree.unflatten([placed(spec) for spec in outs]),
+            tuple(placed(spec) for spec in ins),
+        )
+
+    partitioned = _custom_partitioning(fun)
+    text, keywords = sharding_rule
+    # Shardings are decoded here: the user's mesh is not known, and its axes may be cut in part.
+    partitioned.def_partition(partition, decode_shardings=False, sharding_rule=text, **keywords)
+    results = lower_plainly(partitioned)(ctx, *operands)
+    # The call has the address of `partition` alone, and a cache of programs must tell calls apart.
+    call = jax.tree.leaves(results)[0].owner
+    attributes: dict[str, Any] = {"jax_mps": mlir.ir.StringAttr.get(description)}
+    call.attributes["mhlo.frontend_attributes"] = mlir.ir.DictAttr.get(attributes)
+    return results
+
+
+# What one device computes: lowered without the mesh of `jax.set_mesh`, whose axes are not there any more.
+_part_p = Primitive("jax_mps_part")
+_part_p.multiple_results = True
+_part_p.def_abstract_eval(lambda *_, function, types: [jax.core.ShapedArray(*t) for t in types])
+
+
+def _lower_part(ctx: mlir.LoweringRuleContext, *parts: Any, function: Callable[..., Any], types: Any) -> Any:
+    return lower_plainly(function)(ctx, *parts)
+
+
+mlir.register_lowering(_part_p, _lower_part)
+
+
+def _decoded(devices: Sequence[Any], arrays: Sequence[Any]) -> tuple[Any, list[Any]]:
+    """A mesh whose axes have prime lengths, and for each axis of each array the mesh axes that cut it.
+
+    Every mesh of the user, and every part of its axes, consists of such axes in some order.
+    """
+    meshes = [
+        jax.sharding.Mesh(np.array(devices).reshape(lengths), [f"axis{i}" for i in range(len(lengths))])
+        for lengths in _orders(_prime_factors(len(devices)))
+    ]
+    each = [(mesh, [_spec(x, mesh) for x in arrays]) for mesh in meshes]
+    mesh, specs = min(each, key=lambda found: found[1].count(None))
+    return mesh, [spec or ((),) * x.ndim for x, spec in zip(arrays, specs, strict=True)]
+
+
+def _orders(numbers: Sequence[int]) -> list[tuple[int, ...]]:
+    """The different orders of numbers, some of which may be equal."""
+    if not numbers:
+        return [()]
+    rests = {n: [*numbers[:i], *numbers[i + 1 :]] for i, n in enumerate(numbers)}
+    return [(n, *rest) for n in sorted(rests) for rest in _orders(rests[n])]
+
+
+def _prime_factors(n: int) -> list[int]:
+    p = next((p for p in range(2, math.isqrt(n) + 1) if n % p == 0), n)
+    return [] if n == 1 else [p, *_prime_factors(n // p)]
+
+
+def _spec(x: Any, mesh: Any) -> tuple[tuple[str, ...], ...] | None:
+    """For each axis of an array the mesh axes that cut it; None where this mesh cannot say it."""
+    spec: Any = ()
+    if x.sharding is not None:
+        try:
+            (spec,) = parse_flatten_op_sharding(x.sharding._to_xla_hlo_sharding(x.ndim), mesh)
+        except (ArithmeticError, AssertionError, LookupError, NotImplementedError, ValueError):
+            return None
+    names = [() if n is None else _names(n) for n in spec]
+    return (*names, *[()] * (x.ndim - len(names)))
 
 
 # --- foreign functions --------------------------------------------------------------------------------

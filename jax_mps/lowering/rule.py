@@ -3,8 +3,10 @@
 | platform and context | code |
 |---|---|
 | cpu; one device or a fully manual mesh, static shapes, the library loaded | native kernel |
-| the same, for windows so large that it is slower (`pooling/large_windows.py`) | StableHLO |
-| cpu otherwise: several devices under automatic or explicit sharding, export, symbolic shapes | StableHLO |
+| cpu; several devices, automatic or explicit sharding | native kernel on each part (`partition.py`) |
+| the same, where windows are so large that it is slower (`pooling/large_windows.py`) | StableHLO |
+| the same over several devices, for poolings with a single window along an axis | StableHLO |
+| cpu otherwise: export, symbolic shapes, a mesh that is manual in part | StableHLO |
 | every other platform, Apple's included | StableHLO |
 
 The StableHLO is written with `jax.lax` alone: `lowering/pooling/`, nearly the same for every platform, and
@@ -23,7 +25,8 @@ import numpy as np
 from jax.interpreters import mlir
 
 from jax_mps import _compat
-from jax_mps.lowering import library
+from jax_mps.geometry import Window
+from jax_mps.lowering import library, partition
 
 IMPLEMENTATIONS = (None, "native", "xla")
 
@@ -67,6 +70,7 @@ def register(
     xla: Callable[..., Any],
     native: Callable[..., tuple[str, dict[str, Any]]] | None,
     native_is_slower: Callable[..., bool] = lambda *_, **__: False,
+    factors: Callable[..., partition.Factors] | None = None,
 ) -> None:
     """Registers both lowerings of a primitive.
 
@@ -77,6 +81,8 @@ def register(
       native: gives the handler's name and its attributes for the other parameters; None if it has no kernel.
       native_is_slower: whether the StableHLO is to be preferred to the kernel, for the type of the first
         operand and the other parameters.
+      factors: what devices can share, for the types of the operands and the other parameters; None if
+        nothing, so that several devices take StableHLO.
     """
     plainly = _compat.lower_plainly(xla)
 
@@ -95,18 +101,52 @@ def register(
         return to_stablehlo(ctx, *operands, **params)
 
     def cpu(ctx: Any, *operands: Any, implementation: str | None, **params: Any) -> Any:
-        reason = "" if implementation == "xla" else obstacle(ctx)
+        reason = "" if implementation == "xla" else obstacle(ctx, shared=factors is not None)
         if reason and implementation == "native":
             raise ValueError(f"implementation='native' cannot be had: {reason}")
-        free = implementation is None and not reason
-        if reason or implementation == "xla" or (free and native_is_slower(ctx.avals_in[0], **params)):
+        alone = _compat.runs_whole_arrays(ctx)
+
+        def slower() -> bool:
+            return native_is_slower(ctx.avals_in[0], **params) or (not alone and _is_reduction(**params))
+
+        if reason or implementation == "xla" or (implementation is None and slower()):
             return to_stablehlo(ctx, *operands, **params)
+        if not alone:
+            params["implementation"] = implementation
+            shares = factors(*ctx.avals_in, **params)  # type: ignore[misc]
+            return _lower_parts(ctx, primitive, shares, params, operands)
         name, attributes = native(**params)  # type: ignore[misc]
         return _compat.call_native(ctx, library.target(name), *operands, **attributes)
 
     mlir.register_lowering(primitive, portable)
     if native is not None:
         mlir.register_lowering(primitive, cpu, platform="cpu")
+
+
+def _is_reduction(*, window: Window | None = None, channels_last: bool | None = None, **_: Any) -> bool:
+    """Whether a pooling has one window along an axis, which devices share as a reduction: XLA knows how."""
+    axes = window.axes if window is not None and channels_last is None else ()
+    return any(axis.windows == 1 and axis.taps > 1 for axis in axes)
+
+
+def _lower_parts(
+    ctx: Any, primitive: Any, factors: partition.Factors, params: dict[str, Any], operands: Sequence[Any]
+) -> Any:
+    """The primitive on each device's part of its operands."""
+
+    def compute(*parts: Any, **params: Any) -> Sequence[Any]:
+        out = primitive.bind(*parts, **params)
+        return out if primitive.multiple_results else [out]
+
+    def plan(mesh: dict[str, int], arrays: Any, results: Any) -> partition.Plan:
+        sharded = ([partition.Sharded(*array) for array in some] for some in (arrays, results))
+        return partition.plan(factors, params, compute, mesh, *sharded)
+
+    def whole(*arrays: Any) -> Any:
+        return primitive.bind(*arrays, **params)
+
+    description = f"{library.target(primitive.name)} {sorted(params.items())}"
+    return _compat.lower_partitioned(ctx, whole, description, factors.sharding_rule(), plan, *operands)
 
 
 def _check_apple_has(name: str, avals: Sequence[Any]) -> None:
@@ -118,11 +158,16 @@ def _check_apple_has(name: str, avals: Sequence[Any]) -> None:
             )
 
 
-def obstacle(ctx: Any) -> str:
-    """Why a native kernel cannot serve here; empty if it can."""
+def obstacle(ctx: Any, *, shared: bool = True) -> str:
+    """Why a native kernel cannot serve here; empty if it can.
+
+    Args:
+      ctx: of the lowering.
+      shared: whether several devices can share the work.
+    """
     if _compat.for_export(ctx):
         return "an exported program must not depend on this library"
-    if not _compat.runs_whole_arrays(ctx):
+    if not _compat.runs_whole_arrays(ctx) and not (shared and _compat.can_partition(ctx)):
         return "arrays sharded over several devices need StableHLO, which XLA can partition"
     if any(_compat.is_symbolic(d) for aval in ctx.avals_in for d in aval.shape):
         return "shapes are symbolic"

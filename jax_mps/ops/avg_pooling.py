@@ -232,6 +232,7 @@ avg_pool_p = primitive.define(
     xla_fun=pooling.avg_pool,
     native=_native("avg_pool"),
     native_is_slower=large_windows.of_averages,
+    factors=primitive.pooling_factors("i", "p"),
 )
 avg_pool_gradient_p = primitive.define(
     "avg_pool_gradient",
@@ -239,6 +240,7 @@ avg_pool_gradient_p = primitive.define(
     xla_fun=pooling.avg_pool_gradient,
     native=_native("avg_pool_gradient"),
     native_is_slower=large_windows.of_averages,
+    factors=primitive.pooling_factors("p", "i"),
 )
 primitive.define_multilinear(avg_pool_p, {0: lambda ct, _, **params: avg_pool_gradient_p.bind(ct, **params)})
 primitive.define_multilinear(avg_pool_gradient_p, {0: lambda ct, _, **params: avg_pool_p.bind(ct, **params)})

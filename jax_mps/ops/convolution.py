@@ -29,7 +29,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jax_mps import _compat, geometry
 from jax_mps.geometry import DataFormat, Ints, Padding, Window
 from jax_mps.lowering import conv_transpose as lowered
-from jax_mps.lowering import rule
+from jax_mps.lowering import partition, rule
 from jax_mps.ops import edges, operands, primitive
 from jax_mps.ops.operands import FLOATS
 
@@ -635,32 +635,54 @@ def _channel(window: Window, start: int, channels_last: bool) -> int:
     return start + window.rank if channels_last else start - 1
 
 
-def _image_aval(x: Any, sizes: Sequence[Any], channels: int, params: dict[str, Any]) -> Any:
-    """The type of an image of those sizes and channels, beside the image type `x`."""
+def _image_aval(
+    x: Any, kernel: Any, sizes: Sequence[Any], channels: int, full: bool, params: dict[str, Any]
+) -> Any:
+    """The type of an image of those sizes and channels, beside the image type `x`.
+
+    `full` says whether the last axis of the kernel holds the channels of all groups, or that before it those
+    of one.
+    """
     start, channel = params["start"], _channel(params["window"], params["start"], params["channels_last"])
     shape, origin = list(x.shape), list[int | None](range(x.ndim))
     shape[start : start + len(sizes)] = sizes
     shape[channel] = channels
     origin[channel] = None
-    return _compat.retyped(x, tuple(shape), params["out_dtype"], origin)
+    if params["groups"] == 1:
+        also = _compat.sharding_of(kernel, -1 if full else -2)[0]
+    else:
+        also = _of_groups(x, channel, params) or (_of_groups(kernel, -1, params) if full else None)
+    return _compat.retyped(x, tuple(shape), params["out_dtype"], origin, {channel: also})
+
+
+def _of_groups(array: Any, axis: int, params: dict[str, Any]) -> Any:
+    """How an axis with the channels of several groups is sharded, if each part holds whole groups."""
+    names, parts = _compat.sharding_of(array, axis)
+    return names if params["groups"] % parts == 0 else None
 
 
 def _forward_aval(x: Any, kernel: Any, **params: Any) -> Any:
-    outputs = kernel.shape[-2] * params["groups"] if params["transpose_kernel"] else kernel.shape[-1]
-    return _image_aval(x, params["window"].sizes, outputs, params)
+    full = not params["transpose_kernel"]
+    outputs = kernel.shape[-1] if full else kernel.shape[-2] * params["groups"]
+    return _image_aval(x, kernel, params["window"].sizes, outputs, full, params)
 
 
 def _data_aval(g: Any, kernel: Any, **params: Any) -> Any:
-    inputs = kernel.shape[-1] if params["transpose_kernel"] else kernel.shape[-2] * params["groups"]
-    return _image_aval(g, params["window"].counts, inputs, params)
+    full = params["transpose_kernel"]
+    inputs = kernel.shape[-1] if full else kernel.shape[-2] * params["groups"]
+    return _image_aval(g, kernel, params["window"].counts, inputs, full, params)
 
 
 def _weights_aval(g: Any, x: Any, **params: Any) -> Any:
     window, channel = params["window"], _channel(params["window"], params["start"], params["channels_last"])
-    outputs, inputs = g.shape[channel], x.shape[channel]
-    pair = (outputs, inputs) if params["transpose_kernel"] else (inputs, outputs)
-    shape = (*window.shape, pair[0] // params["groups"], pair[1])
-    return _compat.retyped(g, shape, params["out_dtype"], [None] * len(shape))
+    pair = (g, x) if params["transpose_kernel"] else (x, g)
+    minor, full = (a.shape[channel] for a in pair)
+    shape = (*window.shape, minor // params["groups"], full)
+    if params["groups"] == 1:
+        also = {window.rank + i: _compat.sharding_of(a, channel)[0] for i, a in enumerate(pair)}
+    else:
+        also = {window.rank + 1: _of_groups(pair[1], channel, params)}
+    return _compat.retyped(g, shape, params["out_dtype"], [None] * len(shape), also)
 
 
 def _native(name: str) -> Callable[..., tuple[str, dict[str, Any]]]:
@@ -676,10 +698,7 @@ def _native(name: str) -> Callable[..., tuple[str, dict[str, Any]]]:
     return call
 
 
-# --- vmap ---------------------------------------------------------------------------------------------
-#
-# `vmap` adds a batch axis where only an image is mapped. Otherwise the mapped axis becomes part of a channel
-# axis: of the one that one operand alone has, if that operand alone is mapped, or of the groups.
+# --- several devices ----------------------------------------------------------------------------------
 
 
 class _Roles(NamedTuple):
@@ -687,6 +706,42 @@ class _Roles(NamedTuple):
 
     arrays: tuple[str, str]
     result: str
+
+
+def _factors(roles: _Roles) -> Callable[..., partition.Factors]:
+    """What devices share of a primitive: images, pixels, groups, and channels within a group."""
+
+    def factors(a: Any, b: Any, *, window: Window, start: int, **params: Any) -> partition.Factors:
+        channel, groups = _channel(window, start, params["channels_last"]), params["groups"]
+        kinds = {"x": partition.POOLED, "y": partition.IMAGE}
+        ndim = (a if roles.arrays[0] != "kernel" else b).ndim
+        shapes = dict(zip(roles.arrays, (a.shape, b.shape), strict=True))
+        sizes = {"group": groups}
+        if "kernel" in shapes:
+            pair = ("out", "in") if params["transpose_kernel"] else ("in", "out")
+            sizes |= {pair[0]: shapes["kernel"][-2], pair[1]: shapes["kernel"][-1] // groups}
+        else:
+            sizes |= {"in": shapes["x"][channel] // groups, "out": shapes["y"][channel] // groups}
+
+        def channels(factor: str) -> tuple[str, ...]:
+            return tuple(f for f in ("group", factor) if sizes[f] > 1) or (factor,)
+
+        arrays = {}
+        for name, factor in (("x", "in"), ("y", "out")):
+            image = partition.of_images(ndim, start, window.rank, kinds[name])
+            arrays[name] = (*image[:channel], channels(factor), *image[channel + 1 :])
+        taps = tuple((f"{partition.TAP}{k}",) for k in range(window.rank))
+        minor, full = ("out", "in") if params["transpose_kernel"] else ("in", "out")
+        arrays["kernel"] = (*taps, (minor,), channels(full))
+        return partition.Factors(tuple(arrays[name] for name in roles.arrays), (arrays[roles.result],), sizes)
+
+    return factors
+
+
+# --- vmap ---------------------------------------------------------------------------------------------
+#
+# `vmap` adds a batch axis where only an image is mapped. Otherwise the mapped axis becomes part of a channel
+# axis: of the one that one operand alone has, if that operand alone is mapped, or of the groups.
 
 
 class _Channels(NamedTuple):
@@ -797,6 +852,7 @@ conv_transpose_p = primitive.define(
     xla_fun=lowered.forward,
     native=_native("conv_transpose"),
     batch=_batch(_Roles(("x", "kernel"), "y")),
+    factors=_factors(_Roles(("x", "kernel"), "y")),
 )
 conv_transpose_gradient_data_p = primitive.define(
     "conv_transpose_gradient_data",
@@ -804,6 +860,7 @@ conv_transpose_gradient_data_p = primitive.define(
     xla_fun=lowered.gradient_data,
     native=_native("conv_transpose_gradient_data"),
     batch=_batch(_Roles(("y", "kernel"), "x")),
+    factors=_factors(_Roles(("y", "kernel"), "x")),
 )
 conv_transpose_gradient_weights_p = primitive.define(
     "conv_transpose_gradient_weights",
@@ -811,6 +868,7 @@ conv_transpose_gradient_weights_p = primitive.define(
     xla_fun=lowered.gradient_weights,
     native=_native("conv_transpose_gradient_weights"),
     batch=_batch(_Roles(("y", "x"), "kernel")),
+    factors=_factors(_Roles(("y", "x"), "kernel")),
 )
 
 

@@ -206,6 +206,7 @@ l2_pool_p = primitive.define(
     ),
     xla_fun=pooling.l2_pool,
     native=_native("l2_pool"),
+    factors=primitive.pooling_factors("i", "p"),
 )
 l2_pool_tangent_p = primitive.define(
     "l2_pool_tangent",
@@ -214,6 +215,7 @@ l2_pool_tangent_p = primitive.define(
     ),
     xla_fun=pooling.l2_pool_tangent,
     native=_native("l2_pool_tangent"),
+    factors=primitive.pooling_factors("iip", "p"),
 )
 l2_pool_gradient_p = primitive.define(
     "l2_pool_gradient",
@@ -221,6 +223,7 @@ l2_pool_gradient_p = primitive.define(
     xla_fun=pooling.l2_pool_gradient,
     native=_native("l2_pool_gradient"),
     native_is_slower=large_windows.of_gradients_of_norms,
+    factors=primitive.pooling_factors("pip", "i"),
 )
 
 

@@ -291,6 +291,7 @@ max_pool_p = primitive.define(
     xla_fun=pooling.max_pool,
     native=_native("max_pool"),
     native_is_slower=large_windows.of_maxima,
+    factors=primitive.pooling_factors("i", "p"),
 )
 max_pool_tap_index_p = primitive.define(
     "max_pool_tap_index",
@@ -298,6 +299,7 @@ max_pool_tap_index_p = primitive.define(
     xla_fun=pooling.max_pool_tap_index,
     native=_native("max_pool_tap_index"),
     native_is_slower=large_windows.of_indices,
+    factors=primitive.pooling_factors("i", "p"),
 )
 max_pool_selected_tap_index_p = primitive.define(
     "max_pool_selected_tap_index",
@@ -305,6 +307,7 @@ max_pool_selected_tap_index_p = primitive.define(
     xla_fun=pooling.max_pool_selected_tap_index,
     native=_native_selected,
     native_is_slower=large_windows.of_selected_indices,
+    factors=primitive.pooling_factors("i", "p"),
 )
 max_pool_with_tap_index_p = primitive.define(
     "max_pool_with_tap_index",
@@ -316,18 +319,21 @@ max_pool_with_tap_index_p = primitive.define(
     native=_native("max_pool_with_tap_index"),
     native_is_slower=large_windows.of_indices,
     multiple_results=True,
+    factors=primitive.pooling_factors("i", "pp"),
 )
 max_pool_take_p = primitive.define(
     "max_pool_take",
     lambda t, tap_index, *, window, start, **_: primitive.image_to_pooled(t, window, start),
     xla_fun=pooling.max_pool_take,
     native=_native_chosen("max_pool_take"),
+    factors=primitive.pooling_factors("ip", "p"),
 )
 max_pool_put_p = primitive.define(
     "max_pool_put",
     lambda g, tap_index, *, window, start, **_: primitive.pooled_to_image(g, window, start),
     xla_fun=pooling.max_pool_put,
     native=_native_chosen("max_pool_put"),
+    factors=primitive.pooling_factors("pp", "i"),
 )
 positions_p = primitive.define(
     "max_pool_positions",

@@ -7,7 +7,7 @@ takes them from there.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -18,7 +18,7 @@ from jax.typing import ArrayLike
 
 from jax_mps import _compat, geometry
 from jax_mps.geometry import DataFormat
-from jax_mps.lowering import pooling, rule
+from jax_mps.lowering import partition, pooling, rule
 from jax_mps.ops import operands, primitive
 from jax_mps.ops.operands import FLOATS, INTEGERS, WIDE_INTEGERS
 
@@ -146,17 +146,30 @@ def _native(name: str) -> Any:
     )
 
 
+def _factors(operands: str, results: str) -> Callable[..., partition.Factors]:
+    """What devices share: images and channels. Positions are data, so each device has whole planes."""
+
+    def factors(x: Any, *_: Any, sizes: tuple[int, ...], start: int, **__: Any) -> partition.Factors:
+        kinds = {"i": f"{partition.TAP}_plane", "p": f"{partition.TAP}_source"}
+        arrays = {k: partition.of_images(x.ndim, start, len(sizes), kind) for k, kind in kinds.items()}
+        return partition.Factors(tuple(arrays[k] for k in operands), tuple(arrays[k] for k in results))
+
+    return factors
+
+
 max_unpool_p = primitive.define(
     "max_unpool",
     lambda y, indices, *, sizes, source, start, implementation: primitive.resized(y, start, source, sizes),
     xla_fun=pooling.max_unpool,
     native=_native("max_unpool"),
+    factors=_factors("pp", "i"),
 )
 max_unpool_take_p = primitive.define(
     "max_unpool_take",
     lambda c, indices, *, sizes, source, start, implementation: primitive.resized(c, start, sizes, source),
     xla_fun=pooling.max_unpool_take,
     native=_native("max_unpool_take"),
+    factors=_factors("ip", "p"),
 )
 primitive.define_multilinear(
     max_unpool_p, {0: lambda ct, _, indices, **params: max_unpool_take_p.bind(ct, indices, **params)}

@@ -19,7 +19,7 @@ from jax.interpreters import ad, batching, xla
 
 from jax_mps import _compat
 from jax_mps.geometry import Dim, Window
-from jax_mps.lowering import rule
+from jax_mps.lowering import partition, rule
 
 Array = Any
 Params = dict[str, Any]
@@ -32,6 +32,7 @@ def define(
     xla_fun: Callable[..., Any],
     native: Callable[..., tuple[str, Params]] | None,
     native_is_slower: Callable[..., bool] = lambda *_, **__: False,
+    factors: Callable[..., partition.Factors] | None = None,
     multiple_results: bool = False,
     batch: Callable[..., tuple[Any, Any]] | None = None,
 ) -> Any:
@@ -43,6 +44,7 @@ def define(
       xla_fun: the StableHLO lowering, see `lowering.rule.register`.
       native: the FFI lowering, see `lowering.rule.register`.
       native_is_slower: where the StableHLO is preferred, see `lowering.rule.register`.
+      factors: what devices can share, see `lowering.rule.register`.
       multiple_results: whether `abstract` gives a list.
       batch: the rule of `vmap`, a function of (primitive, arrays, dimensions, **params); by default the
         one for operands that all look like `(outer..., spatial..., inner...)`.
@@ -52,7 +54,7 @@ def define(
     primitive.def_impl(functools.partial(xla.apply_primitive, primitive))
     primitive.def_abstract_eval(abstract)
     batching.primitive_batchers[primitive] = functools.partial(batch or _batch, primitive)
-    rule.register(primitive, xla=xla_fun, native=native, native_is_slower=native_is_slower)
+    rule.register(primitive, xla=xla_fun, native=native, native_is_slower=native_is_slower, factors=factors)
     return primitive
 
 
@@ -65,6 +67,17 @@ def window_attributes(window: Window, start: int) -> Params:
         "low": [a.low for a in window.axes],
     }
     return {"start": np.int64(start)} | {k: np.array(v, np.int64) for k, v in columns.items()}
+
+
+def pooling_factors(operands: str, results: str) -> Callable[..., partition.Factors]:
+    """What devices share of a pooling whose arrays are images, "i", or pooled arrays, "p"."""
+
+    def factors(x: Any, *_: Any, window: Window, start: int, **__: Any) -> partition.Factors:
+        kinds = {"i": partition.IMAGE, "p": partition.POOLED}
+        arrays = {k: partition.of_images(x.ndim, start, window.rank, kind) for k, kind in kinds.items()}
+        return partition.Factors(tuple(arrays[k] for k in operands), tuple(arrays[k] for k in results))
+
+    return factors
 
 
 # --- types --------------------------------------------------------------------------------------------

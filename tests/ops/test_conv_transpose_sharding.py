@@ -4,6 +4,7 @@ The classes here run in a process of their own, which has four CPU devices; `tes
 """
 
 import functools
+import re
 from typing import Any
 
 import jax
@@ -21,6 +22,7 @@ from devices import (
     collectives,
     four_devices,
     needs_explicit_sharding,
+    needs_partitioning,
     shard_map,
     test_on_four_devices,
 )
@@ -203,11 +205,16 @@ class TestAutomaticSharding:
         for op in convs.OPS:
             check_close(function(op)(*op.of(sharded)), values[op.name])
 
-    @pytest.mark.usefixtures("native")
-    def test_native_kernels_cannot_be_forced(self):
-        sharded = self.put(CASE.arrays(batch=(BATCH,)), LAYOUTS["batch"])
-        with pytest.raises(ValueError, match=r"implementation='native' cannot be had: .*StableHLO"):
-            jax.jit(function(convs.FORWARD, implementation="native"))(sharded.x, sharded.kernel)
+    @needs_partitioning
+    def test_native_kernels_run_on_every_part(self):
+        for layout in LAYOUTS:
+            arrays = self.put(CASE.arrays(batch=(BATCH,)), LAYOUTS[layout])
+            for op in convs.OPS:
+                f = jax.jit(function(op, implementation="native"))
+                text = f.lower(*op.of(arrays)).compile().as_text()
+                assert "jax_mps" in "".join(re.findall(r'custom_call_target="([^"]*)"', text))
+                assert "all-gather" not in collectives(text)
+                check_close(f(*op.of(arrays)), on_one_device()[1][op.name])
 
 
 @needs_explicit_sharding

@@ -21,6 +21,7 @@ from devices import (
     collectives,
     four_devices,
     needs_explicit_sharding,
+    needs_partitioning,
     shard_map,
     test_on_four_devices,
 )
@@ -333,11 +334,14 @@ class TestAutomaticSharding:
         assert y.devices() == {jax.devices()[2]}
         check_close(y, f(x))
 
-    @pytest.mark.usefixtures("native")
-    def test_native_kernels_cannot_be_forced(self):
-        (x,) = self.put(operands_of("max_pool"), LAYOUTS["batch"])
-        with pytest.raises(ValueError, match=r"implementation='native' cannot be had: .*StableHLO"):
-            jax.jit(first_of("max_pool", "native"))(x)
+    @needs_partitioning
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    def test_native_kernels_run_on_every_part(self, layout):
+        sharded = self.put(operands_of("max_pool"), LAYOUTS[layout])
+        f = jax.jit(first_of("max_pool", "native"))
+        text = f.lower(*sharded).compile().as_text()
+        assert library.target("max_pool") in text
+        check_close(f(*sharded), on_one_device("max_pool")[0][0])
 
 
 # --- explicit sharding --------------------------------------------------------------------------------

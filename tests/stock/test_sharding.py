@@ -1,4 +1,4 @@
-"""`accelerate()` over several devices: ours where a device sees whole arrays, else stock.
+"""`accelerate()` over several devices: ours, except on a mesh that is manual in part.
 
 The classes here run in a process of their own, which has four CPU devices; `test_on_four_devices` starts it.
 """
@@ -16,7 +16,15 @@ from jax.sharding import PartitionSpec as P
 
 import jax_mps
 import stock_network
-from devices import INSIDE, four_devices, needs_explicit_sharding, shard_map, test_on_four_devices
+from devices import (
+    INSIDE,
+    collectives,
+    four_devices,
+    needs_explicit_sharding,
+    needs_partitioning,
+    shard_map,
+    test_on_four_devices,
+)
 
 # The fixture that every test here uses, and the test that starts them.
 __all__ = ["four_devices", "test_on_four_devices"]
@@ -77,13 +85,19 @@ class TestShardMap:
 class TestAutomaticSharding:
     __test__ = INSIDE
 
-    def test_it_stays_stock(self) -> None:
-        mesh = Mesh(np.array(jax.devices()), ("d",))
+    @needs_partitioning
+    @pytest.mark.parametrize("devices", [2, 4])
+    def test_it_is_ours(self, devices: int) -> None:
+        mesh = Mesh(np.array(jax.devices()[:devices]), ("d",))
         with jax_mps.accelerate() as handle:
-            found = jax.jit(stock_network.gradient)(*on(mesh))
+            step = jax.jit(stock_network.gradient)
+            found = step(*on(mesh))
+            text = step.lower(*on(mesh)).compile().as_text()
         stock_network.assert_close(found, expected())
-        assert len(handle.report()) > 0
-        assert all("several devices" in row.why and not row.ours for row in handle.report()), handle.report()
+        assert {row.operation for row in handle.report()} >= stock_network.OPERATIONS
+        assert all(row.ours for row in handle.report()), handle.report()
+        assert "convolution(" not in text
+        assert collectives(text) == {"all-reduce"}, "images are gathered"
 
     def test_one_of_several_devices_is_ours(self) -> None:
         operands = jax.device_put(stock_network.arrays(), jax.devices()[2])
@@ -99,12 +113,16 @@ class TestExplicitSharding:
     __test__ = INSIDE
 
     @needs_explicit_sharding
-    def test_it_stays_stock(self) -> None:
+    @needs_partitioning
+    def test_it_is_ours(self) -> None:
         mesh = jax.make_mesh((4,), ("d",), axis_types=(jax.sharding.AxisType.Explicit,))
         with jax.set_mesh(mesh):
             operands = on(mesh)
             with jax_mps.accelerate() as handle:
-                found = jax.jit(stock_network.block)(*operands)
+                block = jax.jit(stock_network.block)
+                found = block(*operands)
+                text = block.lower(*operands).compile().as_text()
         stock_network.assert_close(found, stock_network.block(*stock_network.arrays(8)))
         assert len(handle.report()) > 0
-        assert all("several devices" in row.why and not row.ours for row in handle.report()), handle.report()
+        assert all(row.ours for row in handle.report()), handle.report()
+        assert not collectives(text)

@@ -1,6 +1,7 @@
 """Several CPU devices, for tests of arrays that are spread over them.
 
-The number of devices is fixed when JAX starts, so such tests run in a process of their own, which has four.
+The number of devices is fixed when JAX starts, so such tests run in a process of their own, which has four
+or eight.
 """
 
 from __future__ import annotations
@@ -17,12 +18,22 @@ import jax
 import pytest
 from jax.sharding import Mesh
 
-INSIDE = os.environ.get("JAX_MPS_TEST_DEVICES") == "4"
-"""Whether this is that process."""
+from jax_mps import _compat
+from jax_mps.lowering import library
+
+DEVICES = int(os.environ.get("JAX_MPS_TEST_DEVICES", "0"))
+"""How many devices this process has, if it is such a process."""
+
+INSIDE = DEVICES == 4
 
 needs_explicit_sharding = pytest.mark.skipif(
     not (hasattr(jax, "set_mesh") and hasattr(jax.sharding, "AxisType")),
     reason="this JAX has no explicit sharding",
+)
+
+needs_partitioning = pytest.mark.skipif(
+    not (_compat.HAS_SHARDING_RULES and library.status().available),
+    reason="this JAX has no partitioning by rule, or there are no native kernels",
 )
 
 
@@ -36,11 +47,16 @@ needs_explicit_sharding = pytest.mark.skipif(
 )
 def test_on_four_devices(request: pytest.FixtureRequest, group: str) -> None:
     """Runs a class of tests of the file that imports this, in a process with four devices."""
+    run_on_devices(4, request, group)
+
+
+def run_on_devices(count: int, request: pytest.FixtureRequest, group: str) -> None:
+    """Runs a class of tests of the file that asks, in a process with so many devices."""
     flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ.get("XLA_FLAGS", ""))
     environment = {
-        "JAX_MPS_TEST_DEVICES": "4",
+        "JAX_MPS_TEST_DEVICES": str(count),
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count=4",
+        "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={count}",
     }
     chosen = [f"-m={request.config.option.markexpr}", f"--seed={request.config.option.seed}"]
     pytest_command = [sys.executable, "-m", "pytest", *["-n0"] * bool(importlib.util.find_spec("xdist"))]
@@ -77,8 +93,8 @@ def shard_map(f: Callable[..., Any], mesh: Mesh, in_specs: Any, out_specs: Any) 
 
 @pytest.fixture(autouse=True, scope="module")
 def four_devices() -> None:
-    if INSIDE:
-        assert jax.device_count() == 4
+    if DEVICES:
+        assert jax.device_count() == DEVICES
         assert jax.devices()[0].platform == "cpu"
         # Machine code that is optimised would double the time; how XLA partitions stays the same.
         jax.config.update("jax_disable_most_optimizations", True)
