@@ -190,7 +190,13 @@ inline Lanes::Lanes(const Problem& problem)
   // Positions of unpooling are numbers in a plane.
   if (problem.op == Op::kMaxUnpool || problem.op == Op::kMaxUnpoolTake) return;
   const int64_t inner = geometry.inner, vector = kVectorBytes / BytesOf(problem.type);
-  if (inner >= vector || geometry.axis[2].size * inner > kShortRow || vector * plane_bytes > kMostBytes * inner) return;
+  if (inner >= vector || vector * plane_bytes > kMostBytes * inner) return;
+  // Longer rows fill vectors by themselves, unless they would pass through phases element by element.
+  const Axis& row = geometry.axis[2];
+  const bool sums_back = problem.op == Op::kAvgPoolGradient || problem.op == Op::kL2PoolGradient;
+  const bool phases = row.windows > 1 && row.stride > 2 && !(sums_back && Tiles(geometry).possible);
+  if (row.size * inner > kShortRow && !phases) return;
+  if (problem.op == Op::kMaxPoolPut && ScatterIsCheaper(geometry, vector)) return;
   // Whatever the number of planes and of threads, a vector is full and a block has the same size: so the bits are the same.
   fewest = CeilDiv(vector, inner);
   planes = fewest * (kLaneBytes / (fewest * plane_bytes) + 1);
