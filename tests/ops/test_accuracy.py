@@ -28,11 +28,15 @@ def error(got: jax.Array, wanted: float) -> float:
     return float(jnp.max(jnp.abs(got.astype(jnp.float32) / wanted - 1)))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+LARGE = [((2**24,), 1), ((4096, 4096), 1), ((256, 256, 256), 1), ((3, 5, 2**19), 2), ((1000, 999), 16)]
+"""Windows, and channels of the image."""
+
+
 @pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
 @pytest.mark.parametrize(
-    ("window", "channels"),
-    [((2**24,), 1), ((4096, 4096), 1), ((256, 256, 256), 1), ((3, 5, 2**19), 2), ((1000, 999), 16)],
+    ("dtype", "window", "channels"),
+    [("float32", *case) for case in LARGE]
+    + [(half, *LARGE[i]) for half in ("bfloat16", "float16") for i in (1, 4)],
 )
 def test_large_windows(window, channels, data_format, dtype, implementation):
     """Means and norms, with and without a window that reaches beyond the image."""

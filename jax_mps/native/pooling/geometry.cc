@@ -9,7 +9,6 @@ namespace {
 
 constexpr int64_t kScratchBytes = 128 << 10;  // of a row: a fraction of the level-2 cache
 constexpr int64_t kRowBytes = 64 << 10;       // of a piece that needs no scratch
-constexpr int64_t kBandBytes = 1 << 20;       // of the sums of a band
 constexpr int64_t kPieceElements = 8 << 10;   // of a piece of a row of tiles
 constexpr int64_t kShortRow = 1024;           // elements of a row for strips
 constexpr int64_t kFewUnits = 64;             // so many pieces are enough for the threads to share
@@ -283,7 +282,7 @@ bool ScatterIsCheaper(const Geometry& geometry, int64_t lanes) {
   return windows * geometry.inner < pixels * start + vectors * taps / kTapsOfUnit;
 }
 
-Bands::Bands(const Geometry& geometry, int64_t lanes, int64_t sum_bytes)
+Bands::Bands(const Geometry& geometry, int64_t lanes)
     : outer(geometry.outer), inner(geometry.inner), axis(0), pitch(geometry.inner), tap_count(1), taps(nullptr) {
   const Axis* const a = geometry.axis;
   for (int i = 0; i < 3; ++i) {
@@ -295,8 +294,7 @@ Bands::Bands(const Geometry& geometry, int64_t lanes, int64_t sum_bytes)
 
   const Axis& cut = a[axis];
   const int64_t halo = cut.dilation * (cut.taps - 1);
-  const int64_t room = std::max<int64_t>(1, kBandBytes / (pitch * sum_bytes));
-  length = std::clamp<int64_t>(std::max(4 * halo, outer * cut.size / kFewUnits), 1, std::min(room, cut.size));
+  length = std::clamp<int64_t>(std::max(4 * halo, outer * cut.size / kFewUnits), 1, cut.size);
   count = CeilDiv(cut.size, length);
   length = CeilDiv(cut.size, count);
   worthwhile = ScatterIsCheaper(geometry, lanes);

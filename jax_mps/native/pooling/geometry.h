@@ -146,8 +146,8 @@ struct Bands {
   const Tap* taps;
   bool worthwhile;
 
-  // Lanes of a vector of targets, bytes of a sum.
-  Bands(const Geometry& geometry, int64_t lanes, int64_t sum_bytes);
+  // Lanes of a vector of targets.
+  Bands(const Geometry& geometry, int64_t lanes);
   ~Bands();
   Bands(const Bands&) = delete;
 
