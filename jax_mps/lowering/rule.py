@@ -4,7 +4,7 @@
 |---|---|
 | cpu; one device or a fully manual mesh, static shapes, the library loaded | native kernel |
 | cpu; several devices, automatic or explicit sharding | native kernel on each part (`partition.py`) |
-| the same, where windows are so large that it is slower (`pooling/large_windows.py`) | StableHLO |
+| the same, where a large or very small window makes it slower (`pooling/slow_windows.py`) | StableHLO |
 | the same over several devices, for poolings with a single window along an axis | StableHLO |
 | cpu otherwise: export, symbolic shapes, a mesh that is manual in part | StableHLO |
 | every other platform, Apple's included | StableHLO |

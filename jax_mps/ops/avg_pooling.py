@@ -18,7 +18,7 @@ from jax.typing import ArrayLike
 from jax_mps import geometry
 from jax_mps.geometry import DataFormat, Divisor, Ints, Padding, Window, place
 from jax_mps.lowering import pooling, rule
-from jax_mps.lowering.pooling import large_windows
+from jax_mps.lowering.pooling import slow_windows
 from jax_mps.ops import edges, operands, primitive
 from jax_mps.ops.operands import FLOATS
 
@@ -231,7 +231,7 @@ avg_pool_p = primitive.define(
     lambda x, *, window, start, divisor, implementation: primitive.image_to_pooled(x, window, start),
     xla_fun=pooling.avg_pool,
     native=_native("avg_pool"),
-    native_is_slower=large_windows.of_averages,
+    native_is_slower=slow_windows.of_averages,
     factors=primitive.pooling_factors("i", "p"),
 )
 avg_pool_gradient_p = primitive.define(
@@ -239,7 +239,7 @@ avg_pool_gradient_p = primitive.define(
     lambda g, *, window, start, divisor, implementation: primitive.pooled_to_image(g, window, start),
     xla_fun=pooling.avg_pool_gradient,
     native=_native("avg_pool_gradient"),
-    native_is_slower=large_windows.of_averages,
+    native_is_slower=slow_windows.of_averages,
     factors=primitive.pooling_factors("p", "i"),
 )
 primitive.define_multilinear(avg_pool_p, {0: lambda ct, _, **params: avg_pool_gradient_p.bind(ct, **params)})

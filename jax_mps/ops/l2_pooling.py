@@ -24,7 +24,7 @@ from jax.typing import ArrayLike
 from jax_mps import _compat, geometry
 from jax_mps.geometry import DataFormat, Edge, Ints, Padding, Window, place
 from jax_mps.lowering import pooling, rule
-from jax_mps.lowering.pooling import large_windows
+from jax_mps.lowering.pooling import slow_windows
 from jax_mps.ops import edges, operands, primitive
 from jax_mps.ops.operands import FLOATS
 
@@ -222,7 +222,7 @@ l2_pool_gradient_p = primitive.define(
     lambda g, x, y, *, window, start, implementation: primitive.pooled_to_image(g, window, start, x.dtype),
     xla_fun=pooling.l2_pool_gradient,
     native=_native("l2_pool_gradient"),
-    native_is_slower=large_windows.of_gradients_of_norms,
+    native_is_slower=slow_windows.of_gradients_of_norms,
     factors=primitive.pooling_factors("pip", "i"),
 )
 

@@ -33,7 +33,7 @@ from jax_mps.geometry import (
     place,
 )
 from jax_mps.lowering import pooling, rule
-from jax_mps.lowering.pooling import large_windows
+from jax_mps.lowering.pooling import slow_windows
 from jax_mps.ops import edges, operands, primitive
 from jax_mps.ops.operands import FLOAT8, FLOATS, INTEGERS, WIDE_INTEGERS
 
@@ -290,7 +290,7 @@ max_pool_p = primitive.define(
     lambda x, *, window, start, implementation: primitive.image_to_pooled(x, window, start),
     xla_fun=pooling.max_pool,
     native=_native("max_pool"),
-    native_is_slower=large_windows.of_maxima,
+    native_is_slower=slow_windows.of_maxima,
     factors=primitive.pooling_factors("i", "p"),
 )
 max_pool_tap_index_p = primitive.define(
@@ -298,7 +298,7 @@ max_pool_tap_index_p = primitive.define(
     lambda x, *, window, start, implementation: _tap_index_aval(x, window, start),
     xla_fun=pooling.max_pool_tap_index,
     native=_native("max_pool_tap_index"),
-    native_is_slower=large_windows.of_indices,
+    native_is_slower=slow_windows.of_indices,
     factors=primitive.pooling_factors("i", "p"),
 )
 max_pool_selected_tap_index_p = primitive.define(
@@ -306,7 +306,7 @@ max_pool_selected_tap_index_p = primitive.define(
     lambda x, *, window, start, with_padding, implementation: _tap_index_aval(x, window, start),
     xla_fun=pooling.max_pool_selected_tap_index,
     native=_native_selected,
-    native_is_slower=large_windows.of_selected_indices,
+    native_is_slower=slow_windows.of_selected_indices,
     factors=primitive.pooling_factors("i", "p"),
 )
 max_pool_with_tap_index_p = primitive.define(
@@ -317,7 +317,7 @@ max_pool_with_tap_index_p = primitive.define(
     ],
     xla_fun=pooling.max_pool_with_tap_index,
     native=_native("max_pool_with_tap_index"),
-    native_is_slower=large_windows.of_indices,
+    native_is_slower=slow_windows.of_indices,
     multiple_results=True,
     factors=primitive.pooling_factors("i", "pp"),
 )

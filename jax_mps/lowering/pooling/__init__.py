@@ -25,7 +25,7 @@ parts that one kernel can read, no quotients of integers, and no scatter and gat
 | `take_put.py`, `tap_routes.py` | values from and to the chosen taps |
 | `unpool.py` | values to any positions |
 | `fold.py`, `sums.py`, `taps.py` | taps combined axis by axis, added up, or seen one by one |
-| `large_windows.py` | windows that the kernels of the CPU leave to this |
+| `slow_windows.py` | windows that the kernels of the CPU leave to this |
 | `few_axes.py`, `values.py` | what Apple's plugins need before all else; constants and reductions |
 """
 

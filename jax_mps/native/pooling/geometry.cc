@@ -117,12 +117,12 @@ void Plan::ChooseForm(const Geometry& geometry, const Wishes& wishes) {
   for (int a = 0; a < 2; ++a) rows *= std::clamp<int64_t>(geometry.axis[a].size, 1, geometry.axis[a].taps);
 
   // Reducing rows first costs a pass over all the sources of a row, and saves all but one of the reads of a tap's row. The
-  // unit is a vector of taps. A target of few channels that is alone fills its vectors in part; single elements are moved to
-  // their phases one by one, but for pairs.
+  // unit is a vector of taps. A target of few channels that is alone fills its vectors in part (not considered for sums,
+  // whose order must not depend on the channels); single elements are moved to their phases one by one, but for pairs.
   const bool forward_split = phased && !wishes.backward;
   const int64_t sources_a_target = wishes.backward ? 1 : axis.stride;
-  const double reads =
-      axis.taps * (phased || axis.stride == 1 ? 1.0 : double(CeilDiv(inner, wishes.lanes) * wishes.lanes) / inner);
+  const bool full = wishes.whole || phased || axis.stride == 1;
+  const double reads = axis.taps * (full ? 1.0 : static_cast<double>(CeilDiv(inner, wishes.lanes) * wishes.lanes) / inner);
   const double moves = forward_split ? (axis.stride == 2 && inner == 1 ? 1.0 : 0.5 * wishes.lanes) * axis.stride : 0.0;
   const bool cheaper = rows_read * (reads + moves) > sources_a_target * (rows_read + 1) + wishes.merge * (reads + moves) + 1;
   // Where targets share their only source, what is to be done to it is done once.

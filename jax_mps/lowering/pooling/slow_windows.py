@@ -1,4 +1,4 @@
-"""Windows so large that on the CPU the StableHLO is faster than the native kernel.
+"""Windows so large, or so small, that on the CPU the StableHLO is faster than the native kernel.
 
 The kernels combine the taps of a window one after the other, along each axis by itself. The StableHLO
 combines runs of 1, 2, 4, ... taps, at every pixel. So the number of taps decides, and how many windows there
@@ -17,6 +17,9 @@ Time of the kernel over that of the StableHLO, two cores of an EPYC (Zen 5), flo
 
 Maxima in half precision are slow in XLA (0.03 to 0.6), the forward pass of norms has three sums there (0.1 to
 0.9), and values are put at taps in the same time whatever the window (0.01 to 0.6): they stay native.
+
+Channels first, windows of one tap read every n-th pixel of a row. Compilers write that as a slice, which
+takes a fifth to an eighth of the kernels' time (strides 2 and 4, maxima and averages).
 """
 
 from __future__ import annotations
@@ -29,12 +32,16 @@ from jax_mps.geometry import Window
 
 def of_maxima(x: Any, *, window: Window, start: int, **_: Any) -> bool:
     """For `max_pool`."""
-    return x.dtype.itemsize >= 4 and _along_axes(window) > (40 if _is_line(x, window, start) else 60)
+    line = _is_line(x, window, start)
+    return (line and window.taps == 1) or (
+        x.dtype.itemsize >= 4 and _along_axes(window) > (40 if line else 60)
+    )
 
 
 def of_indices(x: Any, *, window: Window, start: int, **_: Any) -> bool:
     """For `max_pool_with_tap_index` and `max_pool_tap_index`."""
-    return _along_axes(window) > (60 if _is_line(x, window, start) else 90)
+    line = _is_line(x, window, start)
+    return (line and window.taps == 1) or _along_axes(window) > (60 if line else 90)
 
 
 def of_selected_indices(x: Any, *, window: Window, start: int, **_: Any) -> bool:
@@ -44,7 +51,8 @@ def of_selected_indices(x: Any, *, window: Window, start: int, **_: Any) -> bool
 
 def of_averages(x: Any, *, window: Window, start: int, **_: Any) -> bool:
     """For `avg_pool` and `avg_pool_gradient`."""
-    return _along_axes(window) > (40 if _is_line(x, window, start) else 90)
+    line = _is_line(x, window, start)
+    return (line and window.taps == 1) or _along_axes(window) > (40 if line else 90)
 
 
 def of_gradients_of_norms(g: Any, *, window: Window, start: int, **_: Any) -> bool:
