@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,43 @@ def test_every_file_has_a_table_and_a_chart() -> None:
     ]
     assert {path.name for path in SOURCES} == set(re.findall(r"\]\(benchmarks/(\w+\.json)\)", text))
     assert all(path.with_suffix(".svg").exists() for path in SOURCES)
+
+
+def test_random_poolings() -> None:
+    """Geometric means, and how often the others are faster."""
+    ratios: dict[str, dict[str, list[float]]] = {}
+    for source in sorted((ROOT / "docs" / "benchmarks" / "random").glob("seed_*.json")):
+        for row in json.loads(source.read_text())["rows"]:
+            times = row["times"]
+            torch = min(t for name, t in times.items() if name.startswith("torch"))
+            of = ratios.setdefault(row["operation"], {"stock": [], "torch": []})
+            of["stock"].append(times["lax"] / times["native"])
+            of["torch"].append(torch / times["native"])
+    found = [
+        [
+            op,
+            *(
+                cell
+                for r in of.values()
+                for cell in (f"{geometric_mean(r):.2f}", f"{share_below_1(r):.0f} %")
+            ),
+        ]
+        for op, of in ratios.items()
+    ]
+    text = PAGE.read_text().partition("## Random poolings")[2].partition("Seeds 0, 1 and 2")[2]
+    assert table(text) == found
+    step = ratios["step"]
+    stock, torch = (f"{geometric_mean(r):.1f} times" for r in step.values())
+    claim = f"{stock} as long, and PyTorch {torch}"
+    assert claim in (ROOT / "README.md").read_text()
+
+
+def geometric_mean(ratios: list[float]) -> float:
+    return math.exp(sum(map(math.log, ratios)) / len(ratios))
+
+
+def share_below_1(ratios: list[float]) -> float:
+    return 100 * sum(r < 1 for r in ratios) / len(ratios)
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)

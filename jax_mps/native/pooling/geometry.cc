@@ -9,6 +9,7 @@ namespace {
 
 constexpr int64_t kScratchBytes = 128 << 10;  // of a row: a fraction of the level-2 cache
 constexpr int64_t kRowBytes = 64 << 10;       // of a piece that needs no scratch
+constexpr int64_t kBandBytes = 1 << 20;       // of the sums of a band that are in scratch
 constexpr int64_t kPieceElements = 8 << 10;   // of a piece of a row of tiles
 constexpr int64_t kShortRow = 1024;           // elements of a row for strips
 constexpr int64_t kFewUnits = 64;             // so many pieces are enough for the threads to share
@@ -28,6 +29,27 @@ int64_t Divisor(const Axis& axis, int64_t window) {
 
 bool SameTaps(const Reach& a, const Reach& b) {
   return a.count == b.count && a.tap == b.tap && a.divisor == b.divisor && a.band == b.band;
+}
+
+// Whether adding what the windows hold, one by one, takes less time than gathering it in vectors. The unit is what one
+// window of one channel takes. To gather, a vector of targets takes one unit for eight taps, and what comes before:
+//   many channels   one unit for every pixel, or thirty for a row of adjacent pixels
+//   few channels    ten for every row, and half a unit a pixel where rows have to be put together from phases. Pairs of
+//                   single numbers are put together in vectors.
+bool ScatterIsCheaper(const Geometry& geometry, int64_t lanes) {
+  constexpr double kTapsOfUnit = 8;
+  const Axis& row = geometry.axis[2];
+  double windows = 1, pixels = 1, taps = 1;
+  for (const Axis& axis : geometry.axis) windows *= axis.windows, pixels *= axis.size, taps *= axis.taps;
+  double start;  // units a pixel
+  if (geometry.inner >= lanes) {
+    start = row.stride == 1 ? std::min(1.0, 30.0 / row.size) : 1;
+  } else {
+    const bool pairs = row.stride == 2 && geometry.inner == 1;
+    start = 10.0 * geometry.axis[0].taps / row.size + (row.stride > 1 && !pairs ? 0.5 : 0);
+  }
+  const double vectors = windows * geometry.inner / lanes;
+  return windows * geometry.inner < pixels * start + vectors * taps / kTapsOfUnit;
 }
 
 }  // namespace
@@ -261,28 +283,7 @@ Strips::Strips(const Geometry& geometry, int64_t lanes, int64_t source_bytes, in
   worthwhile &= copied() * source_bytes + sums() * sum_bytes <= 4 * kScratchBytes;
 }
 
-// The unit is what one window of one channel takes. To gather, a vector of targets takes one unit for eight taps, and what
-// comes before:
-//   many channels   one unit for every pixel, or thirty for a row of adjacent pixels
-//   few channels    ten for every row, and half a unit a pixel where rows have to be put together from phases. Pairs of
-//                   single numbers are put together in vectors.
-bool ScatterIsCheaper(const Geometry& geometry, int64_t lanes) {
-  constexpr double kTapsOfUnit = 8;
-  const Axis& row = geometry.axis[2];
-  double windows = 1, pixels = 1, taps = 1;
-  for (const Axis& axis : geometry.axis) windows *= axis.windows, pixels *= axis.size, taps *= axis.taps;
-  double start;  // units a pixel
-  if (geometry.inner >= lanes) {
-    start = row.stride == 1 ? std::min(1.0, 30.0 / row.size) : 1;
-  } else {
-    const bool pairs = row.stride == 2 && geometry.inner == 1;
-    start = 10.0 * geometry.axis[0].taps / row.size + (row.stride > 1 && !pairs ? 0.5 : 0);
-  }
-  const double vectors = windows * geometry.inner / lanes;
-  return windows * geometry.inner < pixels * start + vectors * taps / kTapsOfUnit;
-}
-
-Bands::Bands(const Geometry& geometry, int64_t lanes)
+Bands::Bands(const Geometry& geometry, int64_t lanes, int64_t scratch_bytes)
     : outer(geometry.outer), inner(geometry.inner), axis(0), pitch(geometry.inner), tap_count(1), taps(nullptr) {
   const Axis* const a = geometry.axis;
   for (int i = 0; i < 3; ++i) {
@@ -294,7 +295,8 @@ Bands::Bands(const Geometry& geometry, int64_t lanes)
 
   const Axis& cut = a[axis];
   const int64_t halo = cut.dilation * (cut.taps - 1);
-  length = std::clamp<int64_t>(std::max(4 * halo, outer * cut.size / kFewUnits), 1, cut.size);
+  const int64_t room = scratch_bytes == 0 ? cut.size : std::max<int64_t>(1, kBandBytes / (pitch * scratch_bytes));
+  length = std::clamp<int64_t>(std::max(4 * halo, outer * cut.size / kFewUnits), 1, std::min(room, cut.size));
   count = CeilDiv(cut.size, length);
   length = CeilDiv(cut.size, count);
   worthwhile = ScatterIsCheaper(geometry, lanes);

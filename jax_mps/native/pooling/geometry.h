@@ -126,9 +126,6 @@ struct Strips {
   int64_t sums() const { return line[2].axis.stride * (rows / line[1].axis.stride) * pitch(); }
 };
 
-// Whether adding what the windows hold, one by one, takes less time than gathering it in vectors.
-bool ScatterIsCheaper(const Geometry& geometry, int64_t lanes);
-
 // A third way to walk backward, for few windows a pixel and for windows of many taps: window by window, what one holds is
 // added to the pixel of its tap. A piece is a band of the outermost axis that has several pixels, so that it is adjacent
 // memory. Windows that reach into two bands are read for both.
@@ -146,8 +143,8 @@ struct Bands {
   const Tap* taps;
   bool worthwhile;
 
-  // Lanes of a vector of targets.
-  Bands(const Geometry& geometry, int64_t lanes);
+  // Lanes of a vector of targets, bytes of a sum in scratch: 0 if the result holds the sums.
+  Bands(const Geometry& geometry, int64_t lanes, int64_t scratch_bytes);
   ~Bands();
   Bands(const Bands&) = delete;
 

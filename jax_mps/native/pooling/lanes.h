@@ -196,7 +196,8 @@ inline Lanes::Lanes(const Problem& problem)
   const bool sums_back = problem.op == Op::kAvgPoolGradient || problem.op == Op::kL2PoolGradient;
   const bool phases = row.windows > 1 && row.stride > 2 && !(sums_back && Tiles(geometry).possible);
   if (row.size * inner > kShortRow && !phases) return;
-  if (problem.op == Op::kMaxPoolPut && ScatterIsCheaper(geometry, vector)) return;
+  // With few windows a pixel there is little to add, whatever the way.
+  if (problem.op == Op::kMaxPoolPut && 2 * windows <= pixels) return;
   // Whatever the number of planes and of threads, a vector is full and a block has the same size: so the bits are the same.
   fewest = CeilDiv(vector, inner);
   planes = fewest * (kLaneBytes / (fewest * plane_bytes) + 1);

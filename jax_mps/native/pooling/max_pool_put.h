@@ -229,10 +229,10 @@ bool MaxPoolPut(const Problem& problem) {
   constexpr int kLanes = PutTap<T, I>::kLanes;
   const PutTap<T, I> op = {static_cast<const T*>(problem.operand[0]), static_cast<const I*>(problem.operand[1]),
                            static_cast<T*>(problem.result[0]), problem.stream};
-  const Bands bands(problem.geometry, kLanes);
+  constexpr int64_t kScratch = std::is_same_v<T, Acc<T>> ? 0 : kSum;
+  const Bands bands(problem.geometry, kLanes, kScratch);
   if (bands.worthwhile) {
-    const int64_t scratch_bytes = std::is_same_v<T, Acc<T>> ? 0 : bands.size() * kSum;
-    return PutUnits(problem, bands, op, scratch_bytes, bands.size() * kWindow);
+    return PutUnits(problem, bands, op, bands.size() * kScratch, bands.size() * kWindow);
   }
   const Strips strips(problem.geometry, kLanes, kWindow, kSum);
   if (!strips.worthwhile) return Walk(problem.geometry, *problem.workers, op);
