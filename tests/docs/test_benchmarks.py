@@ -71,7 +71,7 @@ def test_random_poolings() -> None:
     assert table(text) == found
     step = ratios["step"]
     stock, torch = (f"{geometric_mean(r):.1f} times" for r in step.values())
-    claim = f"{stock} as long, and PyTorch {torch}"
+    claim = f"{stock} as long, PyTorch {torch}"
     assert claim in (ROOT / "README.md").read_text()
 
 
