@@ -8,7 +8,7 @@ factor of the operation, or a product of factors; devices that share a factor sh
 | `batch*`, `group`; `in` and `out`, where the result has them | its own part | nothing |
 | any that the result lacks | the sum over its own part | the sum of the results |
 | `image*` and `pooled*`, the spatial axes | its own windows, or its own pixels | what lies at the borders |
-| `tap*` | all of it | whatever is sharded |
+| `tap*`, and `tap_plane*`, whose pixels have numbers in the whole plane | all of it | whatever is sharded |
 
 A part of the windows, or of the pixels, is again windows over an image, which `Axis` describes exactly. So a
 device calls the same primitive as if it were alone, and positions that differ (the first, the last) are
@@ -36,7 +36,7 @@ from jax_mps.geometry import Axis, Window
 Array = Any
 Names = tuple[str, ...]
 
-IMAGE, POOLED, TAP = "image", "pooled", "tap"
+IMAGE, POOLED, TAP, PLANE = "image", "pooled", "tap", "tap_plane"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +73,10 @@ class Factors:
         exchanged = {f for f in order if f.startswith("space")} - self.summed
         return f"{text(self.operands)} -> {text(self.results)}", {
             "reduction_factors": tuple(f for f in order if f in self.summed),
-            "need_replication_factors": tuple(f for f in order if f.startswith(TAP)),
+            # Of planes a device needs all, too, but that is large: `plan` says so.
+            "need_replication_factors": tuple(
+                f for f in order if f.startswith(TAP) and not f.startswith(PLANE)
+            ),
             "permutation_factors": tuple(f for f in order if f in exchanged),
             **{f: n for f, n in self.sizes.items() if f in order and f not in alone},
         }
@@ -221,8 +224,8 @@ def _shares(
                     rest = rest[len(mine) :]
                 if math.prod(mesh[axis] for axis in shares.get(shared, ())) != sizes[factor]:
                     break  # a minor factor is cut only where the major one is cut to the end
-            followed = weight(i)[0] or names[0].startswith(TAP) or i >= len(factors.operands)
-            if not followed and not taken.union(*shares.values()).issuperset(axes):
+            follows = i >= len(factors.operands) or (weight(i)[0] and not names[0].startswith(PLANE))
+            if not follows and not taken.union(*shares.values()).issuperset(axes):
                 lost = lost or names[0]
     return shares, lost
 

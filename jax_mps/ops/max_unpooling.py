@@ -150,7 +150,7 @@ def _factors(operands: str, results: str) -> Callable[..., partition.Factors]:
     """What devices share: images and channels. Positions are data, so each device has whole planes."""
 
     def factors(x: Any, *_: Any, sizes: tuple[int, ...], start: int, **__: Any) -> partition.Factors:
-        kinds = {"i": f"{partition.TAP}_plane", "p": f"{partition.TAP}_source"}
+        kinds = {"i": partition.PLANE, "p": f"{partition.PLANE}_source"}
         arrays = {k: partition.of_images(x.ndim, start, len(sizes), kind) for k, kind in kinds.items()}
         return partition.Factors(tuple(arrays[k] for k in operands), tuple(arrays[k] for k in results))
 

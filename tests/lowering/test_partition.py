@@ -224,6 +224,17 @@ class TestNothingIsGathered:
         np.testing.assert_array_equal(found, f(x))
         np.testing.assert_array_equal(jax.jit(lambda x: f(x, "xla"))(placed), f(x))
 
+    def test_unpooling_over_parts_of_planes_is_not_silent(self) -> None:
+        """Indices are positions in the whole plane, so a device needs all of it."""
+        mesh = Mesh(np.array(jax.devices()[:4]), ("d",))
+        (x,) = draw((1, 16, 16, 4))
+        y, indices = jax_mps.max_pool(x, 2, strides=2, return_indices=True)
+        placed = jax.device_put((y, indices), NamedSharding(mesh, P(None, "d")))
+        unpool = functools.partial(jax_mps.max_unpool, output_shape=(16, 16))
+        with pytest.warns(UserWarning, match="has to be gathered on every device"):
+            found = jax.jit(functools.partial(unpool, implementation="native"))(*placed)
+        np.testing.assert_array_equal(found, unpool(y, indices))
+
 
 class TestValues:
     """Random windows over random meshes, cut along spatial axes, against stock JAX."""

@@ -256,6 +256,7 @@ class TestAutomaticSharding:
         mesh = Mesh(np.array(jax.devices()), ("d",))
         return [jax.device_put(x, NamedSharding(mesh, spec)) for x in arrays]
 
+    @pytest.mark.filterwarnings("ignore:jax_mps. an array that is sharded:UserWarning")  # of unpooling
     @pytest.mark.parametrize("layout", LAYOUTS)
     @pytest.mark.parametrize("name", CALLS)
     def test_values_and_gradients(self, name, layout):
@@ -365,6 +366,7 @@ class TestExplicitSharding:
     REFUSED = (("fractional_max_pool", "height"), ("fractional_max_pool", "width"))
     SHARDED = tuple((name, layout) for name in CALLS for layout in LAYOUTS)
 
+    @pytest.mark.filterwarnings("ignore:jax_mps. an array that is sharded:UserWarning")  # of unpooling
     @pytest.mark.parametrize(("name", "layout"), sorted(set(SHARDED) - set(REFUSED)))
     def test_values_and_gradients(self, name, layout):
         sharded, at = self.put(operands_of(name), LAYOUTS[layout]), differentiable(name)
