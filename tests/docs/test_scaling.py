@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax import lax
 from jax.sharding import Mesh, NamedSharding
@@ -143,7 +144,6 @@ class TestCommunication:
     @pytest.mark.skipif(not hasattr(lax, "pcast"), reason="the example needs a newer JAX")
     @pytest.mark.parametrize("devices", MESHES)
     def test_the_example_adds_up_all_gradients_at_once(self, devices: int) -> None:
-        optax = pytest.importorskip("optax")
         spec = importlib.util.spec_from_file_location("example", ROOT / "examples" / "train_distributed.py")
         assert spec is not None
         assert spec.loader is not None

@@ -18,7 +18,6 @@ import jax
 import pytest
 from jax.sharding import Mesh
 
-from jax_mps import _compat
 from jax_mps.lowering import library
 
 DEVICES = int(os.environ.get("JAX_MPS_TEST_DEVICES", "0"))
@@ -32,8 +31,8 @@ needs_explicit_sharding = pytest.mark.skipif(
 )
 
 needs_partitioning = pytest.mark.skipif(
-    not (_compat.HAS_SHARDING_RULES and library.status().available),
-    reason="this JAX has no partitioning by rule, or there are no native kernels",
+    jax.__version_info__ < (0, 8) or not library.status().available,
+    reason="partitioning by rule needs JAX 0.8 and the native kernels",
 )
 
 
