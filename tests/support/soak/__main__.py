@@ -12,6 +12,7 @@ import time
 from importlib import metadata
 from pathlib import Path
 
+import jax_mps
 from soak import PARTS
 from soak.record import Record, command
 
@@ -37,11 +38,11 @@ def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=".ci/soak", description="Random tests for hours. A second run goes on where the first one ended."
     )
-    parser.add_argument("--hours", type=float, default=0.5, help="of all parts together (default: %(default)s)")
+    parser.add_argument("--hours", type=float, default=0.5, help="of all parts together; 0.5 by default")
     parser.add_argument("--seed", type=int, default=0, help="another seed starts anew")
     parser.add_argument("--part", action="append", choices=PARTS, help="only this; again for several")
     parser.add_argument("--case", metavar="JSON", help="only this case of the part, as a failure printed it")
-    parser.add_argument("--processes", type=int, default=2, help="side by side (default: %(default)s)")
+    parser.add_argument("--processes", type=int, default=2, help="side by side; 2 by default")
     parser.add_argument("--state", type=Path, default=Path(".soak"), help="folder of records and logs")
     return parser
 
@@ -92,8 +93,9 @@ def collect(part: str, folder: Path, seed: int, status: int) -> None:
 
 def report(folder: Path, seed: int) -> int:
     """Prints versions and what all parts have done in all runs; 1 where something failed."""
-    versions = {name: metadata.version(name) for name in ("jax-mps-primitives", "jax", "jaxlib", "numpy")}
-    print(f"\n{time.strftime('%Y-%m-%d')}, {platform.machine()}, Python {platform.python_version()}, {versions}")
+    versions = {name: metadata.version(name) for name in ("jax", "jaxlib", "numpy")}
+    python = f"Python {platform.python_version()} on {platform.machine()}"
+    print(f"\n{time.strftime('%Y-%m-%d')}, jax_mps {jax_mps.__version__}, {versions}, {python}")
     failed = False
     for part in PARTS:
         path = record_of(folder, part)

@@ -1,4 +1,4 @@
-"""What a part has done, in a file: how a run goes on where the last one ended, and what was running at a crash."""
+"""What a part has done, in a file: where the next run goes on, and what was running at a crash."""
 
 from __future__ import annotations
 

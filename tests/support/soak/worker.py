@@ -1,4 +1,4 @@
-"""One process of a part: step after step until its time is over. `python -m soak.worker PART FILE SEED SECONDS`."""
+"""One process of a part: `python -m soak.worker PART FILE SEED SECONDS` runs steps until its time is over."""
 
 from __future__ import annotations
 
