@@ -11,6 +11,7 @@ import jax
 import pytest
 
 import sampling
+import wide_types
 from jax_mps.lowering import library
 
 # Compiling takes most of the time of these tests, and optimising most of that. XLA reads this when it
@@ -35,9 +36,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--random",
         type=int,
-        default=200,
+        default=50,
         metavar="N",
-        help="random cases of stock operations, of MPS classes, and of poolings",
+        help="random cases of stock operations, MPS classes, poolings; `.ci/soak` runs them for hours",
     )
     parser.addoption(
         "--iree",
@@ -96,9 +97,5 @@ def strict_promotion() -> Iterator[None]:
 @pytest.fixture
 def x64() -> Iterator[None]:
     """64-bit types for one test."""
-    if hasattr(jax, "enable_x64"):
-        enable = jax.enable_x64
-    else:  # older versions of JAX
-        from jax.experimental import enable_x64 as enable
-    with enable(True):
+    with wide_types.enable_x64():
         yield

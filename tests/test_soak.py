@@ -27,7 +27,7 @@ def planted(tmp_path: Path) -> Path:
     for name, check in PLANTED.items():
         (tmp_path / f"soak/{name}.py").write_text(
             "import time\n"
-            "def step(seed, number, check):\n    time.sleep(0.02)\n    check({'n': number})\n"
+            "def step(seed, number, check):\n    time.sleep(0.01)\n    check({'n': number})\n"
             f"def check(case):\n    {check}\n"
         )
     return tmp_path
@@ -47,14 +47,14 @@ def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_run_reports_failures_and_crashes_and_goes_on(planted):
-    hours = ("--hours", str(4 / 3600), "--state", "state")
+    hours = ("--hours", str(3 / 3600), "--state", "state")
     first = run(planted, *hours)
     assert first.returncode == 1, first.stdout + first.stderr
     for case in (command("wrong", {"n": 3}), command("crashing", {"n": 4})):
         assert f"FAILED {case}" in first.stdout
     assert "FAILED .ci/soak --part right" not in first.stdout
     records = {name: Record.read(planted / f"state/{name}.json", seed=0) for name in PLANTED}
-    assert all(record.next_step > 5 for record in records.values()), records
+    assert all(record.next_step > 4 for record in records.values()), records
     assert records["right"].cases == records["right"].next_step
     assert "status -11" in records["crashing"].failures[0]["error"]
     assert len(records["crashing"].failures) == 1  # the step is not run again, the next ones are

@@ -117,7 +117,9 @@ def test_the_end_of_a_program_is_its_own(folder, end, status, said):
 
 
 @pytest.mark.usefixtures("native")
-@pytest.mark.parametrize("end", ["", "sys.exit(3)", "raise ValueError"])
+@pytest.mark.parametrize(
+    "end", ["", *(pytest.param(end, marks=pytest.mark.full) for end in ("sys.exit(3)", "raise ValueError"))]
+)
 def test_the_report_says_what_was_replaced(folder, end):
     (folder / "pool.py").write_text(f"{POOL}{end}\n")
     run = ours(folder, "--report", "pool.py")

@@ -79,11 +79,12 @@ def check(found: dict[int, float], expected: dict[int, float], begin: int = 0) -
     np.testing.assert_allclose([found[i] for i in steps], [expected[i] for i in steps], rtol=2e-5)
 
 
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.full)])
 def test_an_accelerated_stock_model(count: int, alone: dict[int, float], tmp_path: Path) -> None:
     check(run(tmp_path / "log", "--steps=6", "--stock", f"--processes={count}"), alone)
 
 
+@pytest.mark.full
 def test_a_checkpoint_of_two_processes_is_read_by_one_and_by_four(
     alone: dict[int, float], tmp_path: Path
 ) -> None:
@@ -97,6 +98,7 @@ def test_a_checkpoint_of_two_processes_is_read_by_one_and_by_four(
         check(run(log, "--steps=6", f"--processes={count}", f"--checkpoint={copy}"), alone, begin=3)
 
 
+@pytest.mark.full
 def test_a_killed_process_ends_the_others_and_training_resumes(tmp_path: Path) -> None:
     folder, log, address = tmp_path / "state", tmp_path / "log", free_address()
     endless = ["--steps=100000", "--timeout=6", "--every=2", f"--checkpoint={folder}", f"--log={log}"]

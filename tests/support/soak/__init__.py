@@ -10,6 +10,7 @@ Every module named in `PARTS` is a part and has:
 PARTS = {
     "differential": 8,
     "stock": 4,
+    "mps": 2,
     "hostile": 2,
     "sanitizers": 3,
     "threads": 3,
