@@ -15,6 +15,7 @@ from soak.record import Record, command
 PLANTED = {
     "right": "assert case['n'] >= 0",
     "wrong": "assert case['n'] % 5 != 3",
+    "broken": "return )",
     "crashing": "import os, signal\n    if case['n'] == 4: os.kill(os.getpid(), signal.SIGSEGV)",
 }
 
@@ -54,6 +55,8 @@ def test_a_run_reports_failures_and_crashes_and_goes_on(planted):
         assert f"FAILED {case}" in first.stdout
     assert "FAILED .ci/soak --part right" not in first.stdout
     records = {name: Record.read(planted / f"state/{name}.json", seed=0) for name in PLANTED}
+    (failure,) = records.pop("broken").failures  # it does not start, and is not tried again
+    assert "status 1" in failure["error"]
     assert all(record.next_step > 4 for record in records.values()), records
     assert records["right"].cases == records["right"].next_step
     assert "status -11" in records["crashing"].failures[0]["error"]

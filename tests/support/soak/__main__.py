@@ -58,9 +58,10 @@ def soak(parts: list[str], folder: Path, seed: int, seconds: float, processes: i
                 if process.poll() is not None:
                     del running[part]
                     spent[part] += time.monotonic() - began
-                    collect(part, folder, seed, process.returncode)
+                    if not collect(part, folder, seed, process.returncode):
+                        del spent[part]
             left = end - time.monotonic()
-            waiting = sorted(set(parts) - set(running), key=lambda part: spent[part] / PARTS[part])
+            waiting = sorted(spent.keys() - running.keys(), key=lambda part: spent[part] / PARTS[part])
             for part in waiting[: processes - len(running)]:
                 if left > 1:
                     # Short slices at first: every part has its turn even in a short run.
@@ -81,14 +82,16 @@ def launch(part: str, folder: Path, seed: int, seconds: float) -> subprocess.Pop
         return subprocess.Popen([*map(str, arguments)], stdout=log, stderr=log)
 
 
-def collect(part: str, folder: Path, seed: int, status: int) -> None:
-    """Notes a crash, and says how far a part is and what is new."""
+def collect(part: str, folder: Path, seed: int, status: int) -> bool:
+    """Notes a crash, and says how far a part is; False where it ended without a case, as it would again."""
     path = record_of(folder, part)
     record = Record.read(path, seed)
+    goes_on = not status or record.running is not None
     if status:
         record.fail(record.running, f"the process ended with status {status}: see {folder / part}.log")
         record.write(path)
     print(line(part, record), flush=True)
+    return goes_on
 
 
 def report(folder: Path, seed: int) -> int:
