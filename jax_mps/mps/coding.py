@@ -6,11 +6,11 @@ of a convolution:
     {"class": "MPSCNNPoolingMax", "format": "jax_mps.mps", "settings": {...}, "sha256": "...", "version": 1}
 
 Nothing that is read is ever executed. Sizes are compared with what is there before anything is made of them:
-beside the kernel's own arrays, reading takes memory for the data once more, and a megabyte; for headers above
-64 KB, that is for thousands of slopes, 16 bytes a byte of the header instead. Every setting passes through the
-initialiser of its class; and what came out must give the very document that went in, tensors included, so
-nothing is ignored, rounded or put right. The digest is for damage, not for forgery: who can change the file
-can change it.
+beside the kernel's own arrays, reading takes memory for the data once more, and a megabyte; for headers
+above 64 KB, that is for thousands of slopes, 16 bytes a byte of the header instead. Every setting passes
+through the initialiser of its class; and what came out must give the very document that went in, tensors
+included, so nothing is ignored, rounded or put right. The digest is for damage, not for forgery: who can
+change the file can change it.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ MOST_HEADER = 2**18
 """Bytes of names, shapes and settings; a kernel needs some hundred, and 20 for each slope of a PReLU."""
 
 MOST_BRACKETS = 256
-"""Opening brackets of a header, each of which becomes an object of a hundred bytes; a kernel needs some dozen."""
+"""Opening brackets of a header, each of which becomes an object of 100 bytes; a kernel needs some dozen."""
 
 LARGEST = 2**31 - 1
 """No integer of a kernel is larger, with either sign."""
