@@ -221,6 +221,10 @@ def _other_value(rng: np.random.Generator, value: Any) -> Any:
         return value + int(rng.choice([-2, -1, 1, 2, 100, 10_000]))
     if type(value) is float and rng.random() < 0.7:
         return value * float(rng.choice([-1, 0, 0.5, 1e300]))
+    if rng.random() < 0.2:
+        for _ in range(rng.integers(1, 8)):
+            value = [value] if rng.random() < 0.5 else {"MTLRegion": value}
+        return value
     return ODD[rng.integers(len(ODD))]
 
 
