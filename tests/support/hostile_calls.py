@@ -81,42 +81,53 @@ MOST, FAR = 2**31, 2**61
 def right(call: Call) -> bool:
     """Whether a handler has to take a call; every other one is INVALID_ARGUMENT."""
     handler = HANDLERS[call["handler"]]
-    roles = [*handler.operands.split(), *handler.results.split()]
-    arrays = [*call["operands"], *call["results"]]
-    counts = len(call["operands"]), len(call["results"])
-    if counts != (len(handler.operands.split()), len(handler.results.split())):
-        return False
     attributes, ranks = call["attributes"], ATTRIBUTES[handler.attributes]
-    types = {name: ["int64", np.ndim(value[1])] for name, value in attributes.items() if value[0] == "int64"}
-    if types != {name: ["int64", rank] for name, rank in ranks.items()} or len(attributes) != len(ranks):
+    if {name: (kind, np.ndim(value)) for name, (kind, value) in attributes.items()} != {
+        name: ("int64", rank) for name, rank in ranks.items()
+    }:
         return False
-    shapes: dict[str, list[int]] = {}
-    of: dict[str, str] = {}
-    kinds = {"float": FLOATS, "number": NUMBERS}
-    for entry, (shape, dtype) in zip(roles, arrays, strict=True):
-        role, kind = entry.split(":")
-        if shapes.setdefault(role, list(shape)) != list(shape):
-            return False
-        if kind in kinds and (dtype not in kinds[kind] or of.setdefault("type", dtype) != dtype):
-            return False
-    for entry, (_, dtype) in zip(roles, arrays, strict=True):
-        kind = entry.split(":")[1]
-        total = "float64" if of.get("type") == "float64" else "float32"
-        allowed = {"sum": (total,), "wide": (total, of.get("type")), "tap": TAPS, "int32": ("int32",)}
-        if dtype not in allowed.get(kind, (dtype,)):
-            return False
+    shapes = _shapes(handler, call)
+    if shapes is None:
+        return False
     values = {name: value for name, (_, value) in attributes.items()}
     if handler.attributes == "convolution":
         return _right_convolution(values, shapes["small"], shapes["large"], shapes["kernel"])
-    image, pooled = shapes["image"], shapes["pooled"]
     if handler.attributes == "plane":
-        return _right_plane(values["start"], values["rank"], image, pooled)
-    taps = next(
-        (dtype for entry, (_, dtype) in zip(roles, arrays, strict=True) if entry == "pooled:tap"), "int32"
+        return _right_plane(values["start"], values["rank"], shapes["image"], shapes["pooled"])
+    taps = [array[1] for entry, array in _entries(handler, call) if entry == "pooled:tap"]
+    return _right_pooling(values, shapes["image"], shapes["pooled"]) and all(
+        math.prod(values["window_shape"]) <= np.iinfo(dtype).max + 1 for dtype in taps
     )
-    return (
-        _right_pooling(values, image, pooled) and math.prod(values["window_shape"]) <= np.iinfo(taps).max + 1
-    )
+
+
+def _entries(handler: Handler, call: Call) -> list[tuple[str, Array]]:
+    """What the arrays have to be, and what they are."""
+    sides = (handler.operands.split(), call["operands"]), (handler.results.split(), call["results"])
+    return [pair for entries, arrays in sides for pair in zip(entries, arrays, strict=True)]
+
+
+def _shapes(handler: Handler, call: Call) -> dict[str, list[int]] | None:
+    """The shape of each role; None if numbers, types or shapes of the arrays do not agree."""
+    try:
+        entries = _entries(handler, call)
+    except ValueError:  # too many arrays, or too few
+        return None
+    own = next(dtype for entry, (_, dtype) in entries if entry.endswith((":float", ":number")))
+    total = "float64" if own == "float64" else "float32"
+    allowed: dict[str, Sequence[str]] = {
+        "float": [own] if own in FLOATS else [],
+        "number": [own] if own in NUMBERS else [],
+        "sum": [total],
+        "wide": [own, total],
+        "tap": TAPS,
+        "int32": ["int32"],
+    }
+    shapes: dict[str, list[int]] = {}
+    for entry, (shape, dtype) in entries:
+        role, kind = entry.split(":")
+        if dtype not in allowed[kind] or shapes.setdefault(role, list(shape)) != list(shape):
+            return None
+    return shapes
 
 
 def _right_pooling(values: Mapping[str, Any], image: Sequence[int], pooled: Sequence[int]) -> bool:
@@ -195,9 +206,8 @@ def draw(seed: int) -> Call:
 def _right_call(rng: np.random.Generator, name: str) -> Call:
     handler = HANDLERS[name]
     rank = int(rng.integers(1, 4))
-    least = int(
-        rng.random() > 0.1
-    )  # empty arrays are few: where nothing is left to compute, XLA makes no call
+    # Empty arrays are few: where nothing is left to compute, XLA makes no call.
+    least = int(rng.random() > 0.1)
     batch = rng.integers(least, 4, rng.integers(0, 3)).tolist()
     last = bool(rng.integers(2))
     values: dict[str, Any] = {

@@ -26,7 +26,7 @@ import hostile_bytes
 import hostile_calls
 from soak.record import Case
 
-MUTANTS, CALLS, GUIDED_SECONDS = 30, 150, 40
+MUTANTS, CALLS, GUIDED_SECONDS = 250, 150, 60
 
 
 def step(seed: int, number: int, check: Callable[[Case], None]) -> None:
