@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from jax_mps.cli import info, interrupts, lower, run
+from jax_mps.cli import files, info, interrupts, lower, run
 from jax_mps.cli.bench import command as bench
 from jax_mps.cli.demo import command as demo
 
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.run is run.run:  # what the program does with Ctrl-C is its own affair
         return int(run.run(options))
     with interrupts.end_at_once():
-        return int(options.run(options))
+        return files.printed(lambda: int(options.run(options)))
 
 
 if __name__ == "__main__":

@@ -44,10 +44,12 @@ def end_at_once() -> Iterator[None]:
 
 
 def _end_late(reader: int) -> None:
-    """Ends the process a little after a signal; without one, ends with the pipe."""
-    signals = os.read(reader, 1)
+    """Ends the process a little after SIGINT; without it, ends with the pipe."""
+    # Each signal that Python handles writes its number.
+    while (number := os.read(reader, 1)) not in (b"", bytes([signal.SIGINT])):
+        pass
     os.close(reader)
-    if signals:
+    if number:
         time.sleep(PATIENCE)
         if sys.stdout.isatty():
             print("\x1b[?25h", end="", flush=True)  # the cursor, which a progress bar hides

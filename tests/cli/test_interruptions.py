@@ -17,8 +17,7 @@ from command_line import JSON, start, wait
 from jax_mps import _files, mps
 from jax_mps.cli import interrupts
 
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals are those of POSIX")
-
+LINUX = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has /dev/full")
 OLD = "what was there before"
 
 
@@ -128,6 +127,7 @@ def test_bench_says_at_once_that_it_cannot_write(path, reason, tmp_path, capsys)
     assert names(tmp_path) == ["file", "folder"]
 
 
+@LINUX
 def test_bench_on_a_full_device(tmp_path):
     command = ("bench", *JSON[:-1], "/dev/full")
     assert refusal(command, tmp_path) == "jax_mps: cannot write /dev/full: No space left on device"
@@ -163,6 +163,19 @@ def test_bench_cannot_print_what_is_no_report(text, tmp_path, capsys):
     assert cli.main(["bench", "--markdown", str(path)]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"jax_mps: cannot read {path}: ")
+
+
+@LINUX
+@pytest.mark.parametrize("command", [("info",), ("lower", "max_pool", "--shape", "2,16,16,3", "--second")])
+def test_output_that_cannot_be_written_is_one_line(command, tmp_path):
+    with open("/dev/full", "w") as full:  # noqa: PTH123
+        run = subprocess.run(
+            [sys.executable, "-m", "jax_mps", *command],
+            stdout=full, stderr=subprocess.PIPE, text=True, timeout=240, check=False,
+        )  # fmt: skip
+    assert run.returncode == 1
+    assert run.stderr.splitlines()[-1] == "jax_mps: cannot write standard output: No space left on device"
+    assert "Traceback" not in run.stderr
 
 
 # --- files that are whole -----------------------------------------------------------------------------
