@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from command_line import JSON, start, wait
+from command_line import JSON, interruptible, start, wait
 from jax_mps import _files, mps
 from jax_mps.cli import interrupts
 
@@ -58,13 +58,14 @@ with interrupts.end_at_once():
 
 @pytest.mark.parametrize("then", ["time.sleep(60)", "raise"], ids=["late", "in time"])
 def test_an_interrupt_that_python_is_slow_to_see_ends_all_the_same(then):
-    run = subprocess.run(
-        [sys.executable, "-c", SLOW.format(then=then)],
-        capture_output=True,
-        text=True,
-        timeout=50,
-        check=False,
-    )
+    with interruptible():
+        run = subprocess.run(
+            [sys.executable, "-c", SLOW.format(then=then)],
+            capture_output=True,
+            text=True,
+            timeout=50,
+            check=False,
+        )
     assert (run.returncode, run.stderr) == (130, "")
 
 
@@ -89,9 +90,15 @@ def test_what_a_program_does_with_an_interrupt_is_its_own_affair(caught, tmp_pat
         ]
     (tmp_path / "program.py").write_text("\n".join(lines))
     ours = wait(start("run", "program.py", folder=tmp_path))
-    python = subprocess.run(
-        [sys.executable, "program.py"], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
-    )
+    with interruptible():
+        python = subprocess.run(
+            [sys.executable, "program.py"],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
     assert ours.status == python.returncode == (0 if caught else -signal.SIGINT)
     assert ours.output.splitlines()[-1] == (python.stdout + python.stderr).splitlines()[-1]
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,14 +31,25 @@ def start(*command: str, folder: Path, blocks: int | None = None) -> subprocess.
     limit = [] if blocks is None else ["sh", "-c", f'ulimit -f {blocks}; exec "$@"', "sh"]
     inherited = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "PYTHONSAFEPATH")}
     places = [str(Path(jax_mps.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    return subprocess.Popen(
-        [*limit, *python],
-        cwd=folder,
-        env=inherited | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(filter(None, places))},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    with interruptible():
+        return subprocess.Popen(
+            [*limit, *python],
+            cwd=folder,
+            env=inherited | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(filter(None, places))},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """What is started here takes Ctrl-C, also where this process, as one in the background does, ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def wait(process: subprocess.Popen[str], timeout: float = 240) -> Ended:
