@@ -44,7 +44,7 @@ def start(*command: str, folder: Path, blocks: int | None = None) -> subprocess.
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """What is started here takes Ctrl-C, also where this process, as one in the background does, ignores it."""
+    """What is started here takes Ctrl-C, also where this process, as in the background, ignores it."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
