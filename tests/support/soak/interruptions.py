@@ -65,7 +65,7 @@ def interrupted(command: tuple[str, ...], seconds: float, folder: Path) -> None:
     except subprocess.TimeoutExpired:
         process.send_signal(signal.SIGINT)
     ended = wait(process)
-    # The signal itself, which a shell calls 130, too, ends a Python that has given up its handlers at its end.
+    # The signal itself, which a shell calls 130, too, ends a Python that has given up its handlers.
     assert ended.status in (0, 130, -signal.SIGINT), ended
     assert "Traceback" not in ended.output, ended
     check_files(folder, command[-1])
