@@ -6,13 +6,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from jax_mps.cli import info, lower, run
+from jax_mps.cli import files, info, interrupts, lower, run
 from jax_mps.cli.bench import command as bench
 from jax_mps.cli.demo import command as demo
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command and returns its exit status: 0 for success, 1 for a failed check, 2 for wrong use."""
+    """Runs a command and returns its exit status: 0 for success, 1 for a failure, 2 for wrong use."""
     parser = argparse.ArgumentParser(
         prog="python -m jax_mps",
         description="Pooling and transposed convolution for JAX with the meaning of Apple's MPS CNN kernels.",
@@ -34,7 +34,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command.set_defaults(run=module.run)
     parser.set_defaults(run=info.run, require_native=False)
     options = parser.parse_args(arguments)
-    return int(options.run(options))
+    if options.run is run.run:  # what the program does with Ctrl-C is its own affair
+        return int(run.run(options))
+    with interrupts.end_at_once():
+        return files.printed(lambda: int(options.run(options)))
 
 
 if __name__ == "__main__":

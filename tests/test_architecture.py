@@ -18,7 +18,7 @@ ROOT = Path(jax_mps.__file__).parent
 
 # From the bottom up. Rooms of one line may not import each other.
 ROOMS = (
-    ("jax_mps._version", "jax_mps._compat"),
+    ("jax_mps._version", "jax_mps._compat", "jax_mps._files"),
     ("jax_mps.geometry",),
     ("jax_mps.conventions",),
     ("jax_mps.lowering.library",),  # it loads the native kernels

@@ -7,6 +7,7 @@ import ctypes
 import dataclasses
 import functools
 import os
+import struct
 import warnings
 from pathlib import Path
 
@@ -37,6 +38,10 @@ _HANDLERS = {
     "conv_transpose_gradient_data": "JaxMpsConvTransposeGradientData",
     "conv_transpose_gradient_weights": "JaxMpsConvTransposeGradientWeights",
 }
+
+
+_SYMBOLS = ("JaxMpsFfiApiMinor", "JaxMpsInstructionSet", "JaxMpsThreads")
+"""What else the library shows, beside its version and interface."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +125,8 @@ def _load(refusal: str) -> Status:
         return Status(False, "the native library was not built (no C++ compiler at installation)", "")
     path = jax_mps_native.LIBRARY
     try:
+        if damage := _damage(path):
+            return _refuse(f"the native library does not load: {damage}", path)
         library = ctypes.CDLL(str(path))
     except OSError as error:
         return _refuse(f"the native library does not load: {error}", path)
@@ -131,6 +138,9 @@ def _load(refusal: str) -> Status:
             f"interface {INTERFACE} of version {__version__}; install again",
             path,
         )
+    missing = [symbol for symbol in (*_SYMBOLS, *_HANDLERS.values()) if not hasattr(library, symbol)]
+    if missing:
+        return _refuse(f"the native library lacks {', '.join(missing)}", path)
     # A handler compiled for a newer API than jaxlib's would stop the whole CPU backend.
     minor = library.JaxMpsFfiApiMinor()
     if minor > _compat.ffi_api_minor():
@@ -155,6 +165,28 @@ def _load(refusal: str) -> Status:
         threads=library.JaxMpsThreads(),
         api_version=f"0.{minor}",
     )
+
+
+def _damage(path: Path) -> str:
+    """Why an ELF file of 64 bits is none for this process; empty where the loader can tell.
+
+    The loader maps a file that is cut off, or that ends in zeros, and crashes. It cannot say what is wrong
+    with one for another processor. The table of the sections, their names among them, is the end of a file.
+    """
+    with path.open("rb") as file:
+        header = file.read(64)
+        if len(header) < 64 or header[:6] != b"\x7fELF\2\1":
+            return ""
+        with contextlib.suppress(OSError), Path("/proc/self/exe").open("rb") as interpreter:
+            if interpreter.read(20)[18:] != header[18:20]:
+                return "it is for another processor"
+        (table,) = struct.unpack_from("<Q", header, 40)
+        size, count, names = struct.unpack_from("<3H", header, 58)
+        file.seek(min(table + size * names, 2**62))
+        kind = file.read(8)[4:]
+        if count and (path.stat().st_size < table + size * count or kind != b"\3\0\0\0"):
+            return "it is cut off or damaged"
+    return ""
 
 
 def _interface(library: ctypes.CDLL) -> tuple[int, str]:

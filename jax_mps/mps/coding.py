@@ -5,10 +5,12 @@ of a convolution:
 
     {"class": "MPSCNNPoolingMax", "format": "jax_mps.mps", "settings": {...}, "sha256": "...", "version": 1}
 
-Nothing that is read is ever executed. Sizes are compared with what is there before anything is made of them,
-so reading takes memory in proportion to the bytes. Every setting passes through the initialiser of its
-class; and what came out must give the very document that went in, tensors included, so nothing is ignored,
-rounded or put right. The digest is for damage, not for forgery: who can change the file can change it.
+Nothing that is read is ever executed. Sizes are compared with what is there before anything is made of them:
+beside the kernel's own arrays, reading takes memory for the data once more, and a megabyte; for headers
+above 64 KB, that is for thousands of slopes, 16 bytes a byte of the header instead. Every setting passes
+through the initialiser of its class; and what came out must give the very document that went in, tensors
+included, so nothing is ignored, rounded or put right. The digest is for damage, not for forgery: who can
+change the file can change it.
 """
 
 from __future__ import annotations
@@ -53,6 +55,9 @@ KEY, FORMAT, VERSION = "jax_mps.mps", "jax_mps.mps", 1
 
 MOST_HEADER = 2**18
 """Bytes of names, shapes and settings; a kernel needs some hundred, and 20 for each slope of a PReLU."""
+
+MOST_BRACKETS = 256
+"""Opening brackets of a header, each of which becomes an object of 100 bytes; a kernel needs some dozen."""
 
 LARGEST = 2**31 - 1
 """No integer of a kernel is larger, with either sign."""
@@ -234,6 +239,8 @@ def _loads(text: str) -> Any:
             _fail("a name is given twice")
         return dict(pairs)
 
+    if text.count("[") + text.count("{") > MOST_BRACKETS:
+        _fail(f"the header has more than {MOST_BRACKETS} brackets, more than a kernel can need")
     try:
         return json.loads(text, object_pairs_hook=once)
     except CodingError:
@@ -246,7 +253,7 @@ def _digest(text: str, tensors: dict[str, np.ndarray[Any, Any]]) -> str:
     digest = hashlib.sha256(text.encode())
     for name, x in sorted(tensors.items()):
         digest.update(f"\n{name} {x.dtype.name} {x.shape}\n".encode())
-        digest.update(x.tobytes())
+        digest.update(x.ravel().view(np.uint8).data)  # no copy: weights are large
     return digest.hexdigest()
 
 
@@ -310,11 +317,11 @@ def _read(data: Any, most_bytes: int) -> tuple[str, dict[str, np.ndarray[Any, An
     if header > MOST_HEADER:
         _fail(f"a header of {header} bytes is longer than {MOST_HEADER}, more than a kernel can need")
     try:
+        loaded = _loads(data[8 : 8 + header].decode())
         entries = library.deserialize(data)  # it compares shapes and positions with what is there
-        text = data[8 : 8 + header].decode()
     except (library.SafetensorError, UnicodeDecodeError) as error:
         raise CodingError(f"this is no safetensors file: {error}") from error
-    metadata = _loads(text).get("__metadata__")
+    metadata = loaded.get("__metadata__")
     if not isinstance(metadata, dict) or list(metadata) != [KEY]:
         _fail(f"the metadata must be {KEY!r} alone")
     tensors = {}

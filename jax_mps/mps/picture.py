@@ -12,6 +12,7 @@ import html
 from collections.abc import Iterator
 from pathlib import Path
 
+from jax_mps import _files
 from jax_mps.geometry import Axis
 
 __all__ = ["Line", "Picture", "draw"]
@@ -57,8 +58,8 @@ class Picture:
         return self.svg
 
     def save(self, path: str | Path) -> None:
-        """Writes the image to an `.svg` file."""
-        Path(path).write_text(self.svg, encoding="utf-8")
+        """Writes the image to an `.svg` file, which is never half written."""
+        _files.replace(path, self.svg.encode())
 
 
 @dataclasses.dataclass(frozen=True)

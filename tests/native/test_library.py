@@ -23,6 +23,7 @@ import pytest
 from jax import lax
 
 import convs
+import damaged_libraries
 import jax_mps
 from jax_mps import _compat
 from jax_mps.lowering import library
@@ -214,6 +215,38 @@ def test_without_the_library_required_is_an_error(monkeypatch):
 def test_a_broken_library_is_refused_with_a_warning(elsewhere):
     elsewhere.write_text("not a library")
     with pytest.warns(UserWarning, match="StableHLO path on the CPU: the native library does not load"):
+        assert not load().available
+
+
+REASONS = {
+    "cut off": "it is cut off or damaged",
+    "zeros": "it is cut off or damaged",
+    "noise": ".*",
+    "noise that looks like one": ".*",
+    "other processor": "it is for another processor",
+    "text": ".*",
+    "empty": ".*",
+}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the loader of another system looks at other files")
+@pytest.mark.parametrize("damage", damaged_libraries.DAMAGES)
+def test_a_damaged_library_is_refused_with_the_reason(damage, native, elsewhere):
+    # The system's loader would crash this process on one that is cut off in the middle, or ends in zeros.
+    whole = Path(library.status().path).read_bytes()
+    for seed in range(20):
+        changed = damaged_libraries.DAMAGES[damage](whole, np.random.default_rng(seed))
+        elsewhere.write_bytes(changed)
+        reason = REASONS[damage] if changed[:6] == whole[:6] and len(changed) >= 64 else ".*"
+        with pytest.warns(UserWarning, match=f"the native library does not load: {reason}"):
+            assert not load().available
+
+
+@pytest.mark.usefixtures("native")
+def test_a_library_without_some_handler_is_refused(monkeypatch):
+    monkeypatch.setitem(library._HANDLERS, "novel", "JaxMpsNovel")
+    monkeypatch.delenv("JAX_MPS_NATIVE", raising=False)
+    with pytest.warns(UserWarning, match="the native library lacks JaxMpsNovel"):
         assert not load().available
 
 

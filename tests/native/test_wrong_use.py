@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+import hostile_calls
 from processes import finish, start
 
 
@@ -71,3 +72,53 @@ print("done")
 @pytest.mark.usefixtures("native")
 def test_odd_windows_and_positions_do_not_crash():
     assert finish(start(ODD_CALLS)) == "done\n"
+
+
+HOSTILE_CALLS = """
+import jax, hostile_calls
+jax.config.update("jax_enable_x64", True)
+print(sum(hostile_calls.check(hostile_calls.draw(seed)) for seed in range({begin}, {end})))
+"""
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("begin", [0, 60])
+def test_random_calls_are_refused_if_and_only_if_they_are_wrong(begin):
+    taken = int(finish(start(HOSTILE_CALLS.format(begin=begin, end=begin + 60))))
+    assert 10 < taken < 40
+
+
+@pytest.mark.full
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("begin", range(120, 2120, 250))
+def test_many_random_calls_are_refused_if_and_only_if_they_are_wrong(begin):
+    finish(start(HOSTILE_CALLS.format(begin=begin, end=begin + 250)))
+
+
+FAR = {
+    "taps beyond 2**31": {"window_shape": [1, 2**62]},
+    "taps beyond 2**31 in all": {"window_shape": [2**16, 2**16]},
+    "stride beyond 2**31": {"strides": [2**62, 1]},
+    "dilation beyond 2**31": {"window_dilation": [1, 2**31]},
+    "low beyond 2**61": {"low": [2**62, 0]},
+    "bands beyond 2**61": {"band_low": [2**62, 0]},
+    "more taps than the type of taps has numbers": {"window_shape": [13, 10]},
+}
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("name", FAR)
+def test_windows_beyond_all_integers_are_refused(name, x64):
+    handler = "avg_pool" if "bands" in name else "max_pool_tap_index"
+    pairs = {"window_shape": [2, 2], "strides": [2, 2], "window_dilation": [1, 1], "low": [0, 0]} | FAR[name]
+    values = {"start": 1} | pairs
+    if handler == "avg_pool":
+        values = {"divisor": 0, "band_low": [0, 0], "band_high": [0, 0]} | values
+    call = {
+        "handler": handler,
+        "operands": [[[1, 8, 8, 2], "float32"]],
+        "results": [[[1, 4, 4, 2], "float32" if handler == "avg_pool" else "int8"]],
+        "attributes": {name: ["int64", value] for name, value in values.items()},
+    }
+    assert not hostile_calls.right(call)
+    assert not hostile_calls.check(call)

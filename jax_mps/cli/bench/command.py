@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_mps.cli import info
+from jax_mps.cli import files, info
 from jax_mps.cli.bench import report, runner, training
 from jax_mps.cli.bench.conv_transpose import ConvTranspose
 from jax_mps.cli.bench.models.family import Models
@@ -111,7 +111,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Times what was selected and prints it."""
     if options.markdown:
-        print(report.markdown(report.Report.load(options.markdown)))
+        try:
+            found = report.Report.load(options.markdown)
+        except (OSError, ValueError) as error:
+            print(f"jax_mps: cannot read {options.markdown}: {error}", file=sys.stderr)
+            return 1
+        print(report.markdown(found))
         return 0
     if missing("bench", "rich", *["flax"] * (options.models is not None)):
         return 2
@@ -134,6 +139,8 @@ def run(options: argparse.Namespace) -> int:
     if options.keep_pages and not _keep_pages():
         print("jax_mps: --keep-pages needs glibc, which is not this system's C library", file=sys.stderr)
         return 2
+    if options.json and not files.writable(options.json):
+        return 1
     if "float64" in options.dtypes:
         jax.config.update("jax_enable_x64", True)
 
@@ -154,8 +161,10 @@ def run(options: argparse.Namespace) -> int:
             found.results.append(
                 runner.run(case, rounds=options.rounds, seconds=options.seconds, queued=not on_cpu)
             )
-            if options.json:
-                found.save(options.json)  # at once: a long run may be cut short
+            if options.json and not files.written(
+                options.json, found.save
+            ):  # at once: a run may be cut short
+                return 1
     except runner.Disagreement as disagreement:
         print(f"jax_mps: {disagreement}", file=sys.stderr)
         return 1

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
+from jax_mps import _files
 from jax_mps.cli.bench import summary
 from jax_mps.cli.bench.runner import YARDSTICK, Result, Timing
 from jax_mps.cli.bench.table import TITLES, Table
@@ -45,22 +46,26 @@ class Report:
     seed: int | None = None
 
     def save(self, path: Path) -> None:
-        """Writes JSON."""
-        path.write_text(json.dumps({"format": _FORMAT, **dataclasses.asdict(self)}, indent=1) + "\n")
+        """Writes JSON; the file is never half written."""
+        text = json.dumps({"format": _FORMAT, **dataclasses.asdict(self)}, indent=1) + "\n"
+        _files.replace(path, text.encode())
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Reads what `save` wrote, of this format or the one before."""
+        """Reads what `save` wrote, of this format or the one before; another file is a `ValueError`."""
         fields = json.loads(path.read_text())
-        written = fields.pop("format", None)
+        written = fields.pop("format", None) if isinstance(fields, dict) else None
         if written not in (_FORMAT - 1, _FORMAT):
-            raise ValueError(f"{path} is not a report of format {_FORMAT - 1} or {_FORMAT}")
-        results = fields.pop("results")
-        for result in results:
-            result["timings"] = {name: Timing(**t) for name, t in result["timings"].items()}
-            if written < _FORMAT:
-                result["op"] = _RENAMED.get(result["op"], result["op"])
-        return cls(**fields, results=[Result(**result) for result in results])
+            raise ValueError(f"it is not a report of format {_FORMAT - 1} or {_FORMAT}")
+        try:
+            results = fields.pop("results")
+            for result in results:
+                result["timings"] = {name: Timing(**t) for name, t in result["timings"].items()}
+                if written < _FORMAT:
+                    result["op"] = _RENAMED.get(result["op"], result["op"])
+            return cls(**fields, results=[Result(**result) for result in results])
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"the report lacks something, or has too much: {error!r}") from error
 
 
 def print_table(report: Report) -> None:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import io
+import sys
 import time
 from pathlib import Path
 
+from jax_mps import _files
+from jax_mps.cli import files
 from jax_mps.cli.extras import missing
 
 __all__ = ["add_arguments", "run"]
@@ -32,14 +36,24 @@ def run(options: argparse.Namespace) -> int:
     """Runs every part; the status is 1 if any missed what it promises."""
     if missing("demo", "flax", "matplotlib", "optax", "rich", "sklearn"):
         return 2
+    output = options.output if options.output.suffix else options.output.with_suffix(".png")
+    if not files.writable(output):
+        return 1
     import matplotlib as mpl
 
     mpl.use("Agg")  # draws into a file, also where there is no display
     from matplotlib import pyplot as plt
+    from matplotlib.backend_bases import FigureCanvasBase
     from rich.console import Console
 
     from jax_mps.cli.demo import accelerated, digits, photographs
 
+    kinds = FigureCanvasBase.get_supported_filetypes()
+    if output.suffix[1:].lower() not in kinds:
+        print(
+            f"jax_mps: --output must end in one of {', '.join(sorted(kinds))}, got {output}", file=sys.stderr
+        )
+        return 2
     console = Console()
     start = time.perf_counter()
     parts = [part.run(console, options.seed) for part in (digits, photographs, accelerated)]
@@ -47,6 +61,9 @@ def run(options: argparse.Namespace) -> int:
     figure = plt.figure(figsize=(10, 7 * len(parts)), layout="constrained")
     for part, panel in zip(parts, figure.subfigures(len(parts), squeeze=False)[:, 0], strict=True):
         part.draw(panel)
-    figure.savefig(options.output, dpi=120)
-    console.print(f"picture   {options.output}   ({time.perf_counter() - start:.0f} s in all)")
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=120, format=output.suffix[1:])
+    if not files.written(output, lambda path: _files.replace(path, picture.getvalue())):
+        return 1
+    console.print(f"picture   {output}   ({time.perf_counter() - start:.0f} s in all)")
     return 0 if all(part.passed for part in parts) else 1

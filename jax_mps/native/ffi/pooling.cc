@@ -1,5 +1,6 @@
 // The calls of pooling: decode, check, run.
 
+#include <algorithm>
 #include <string>
 
 #include "ffi/call.h"
@@ -64,6 +65,10 @@ namespace jax_mps {
 
 namespace {
 
+// No sum or product of sizes overflows below these.
+constexpr int64_t kMost = int64_t{1} << 31;  // strides, dilations, and taps of a window
+constexpr int64_t kFar = int64_t{1} << 61;   // elements from the image to a tap
+
 bool IsTap(Type type) { return type == Type::kS8 || type == Type::kS16 || type == Type::kS32; }
 
 // A call while it is checked: the first complaint stays.
@@ -112,6 +117,13 @@ class Call {
       axis.low = attrs.low[a];
       Require(axis.taps >= 1 && axis.stride >= 1 && axis.dilation >= 1, "kernel, stride and dilation must be at least 1");
       Require(axis.low >= 0, "low must not be negative");
+      Require(axis.stride < kMost && axis.dilation < kMost && axis.taps <= (kMost - 1) / taps_,
+              "strides, dilations and the number of taps must be below 2**31");
+      if (!error_.empty()) return;
+      taps_ *= axis.taps;
+      const int64_t far = kFar / std::max<int64_t>(problem_.geometry.inner, 1);
+      Require(axis.dilation * axis.taps <= far && axis.low <= far && axis.stride <= far / std::max<int64_t>(axis.windows, 1),
+              "windows must not reach 2**61 elements from the image");
     }
   }
 
@@ -119,6 +131,10 @@ class Call {
     const int64_t rank = attrs.window_shape.size();
     Require(static_cast<int64_t>(attrs.band_low.size()) == rank && static_cast<int64_t>(attrs.band_high.size()) == rank,
             "band_low and band_high must have one entry an axis");
+    for (Integers band : {attrs.band_low, attrs.band_high}) {
+      Require(std::all_of(band.begin(), band.end(), [](int64_t n) { return -kFar <= n && n <= kFar; }),
+              "bands must not reach 2**61 pixels from the image");
+    }
     if (!error_.empty()) return;
     Geometry& geometry = problem_.geometry;
     geometry.divisor = attrs.divisor;
@@ -139,6 +155,8 @@ class Call {
   void SetType(Type type, Type second = Type::kOther) {
     problem_.type = type;
     problem_.second = second;
+    const int bits = second == Type::kS8 ? 7 : second == Type::kS16 ? 15 : 31;
+    Require(!IsTap(second) || taps_ <= int64_t{1} << bits, "the type of taps must have a number for each tap of a window");
   }
   void SetOperands(std::initializer_list<Operand> operands) {
     int i = 0;
@@ -175,6 +193,7 @@ class Call {
   }
 
   Problem problem_ = {};
+  int64_t taps_ = 1;  // of a window
   std::string error_;
   bool empty_ = false;
 };

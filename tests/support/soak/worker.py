@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import faulthandler
 import importlib
+import os
 import sys
 import time
 import traceback
@@ -51,4 +52,5 @@ def work(part: str, path: Path, seed: int, seconds: float) -> None:
 if __name__ == "__main__":
     faulthandler.enable()
     part, path, seed, seconds = sys.argv[1:]
+    os.environ["JAX_MPS_SOAK_STATE"] = str(Path(path).parent.absolute())  # for what a part keeps
     work(part, Path(path), int(seed), float(seconds))
