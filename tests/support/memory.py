@@ -5,6 +5,9 @@ from __future__ import annotations
 import resource
 from pathlib import Path
 
+FRESH = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "131072"}
+"""An environment in which glibc has no addresses in advance: every large array meets the limit."""
+
 
 def size() -> int:
     """All addresses, what `RLIMIT_AS` limits."""

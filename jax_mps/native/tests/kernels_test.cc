@@ -2,7 +2,7 @@
 // of work. No framework, no XLA, no Python, so it also runs with sanitizers and, compiled for another processor, in an
 // emulator.
 //
-//   kernels_test_<instruction set> [problems of each kind, 100 if left out]
+//   kernels_test_<instruction set> [problems of each kind, 100 if left out [seed]]
 //
 // Exit status 0, 1 where something differs, 77 where this processor lacks the instruction set.
 
@@ -48,6 +48,7 @@ class Random {
     return low + static_cast<int64_t>((state_ >> 33) % static_cast<uint64_t>(high - low + 1));
   }
   bool OneIn(int64_t n) { return (*this)(1, n) == 1; }
+  void Seed(uint64_t seed) { state_ = seed; }
 
  private:
   uint64_t state_ = 20240607;
@@ -848,6 +849,7 @@ int main(int count, char** arguments) {
     return 77;
   }
   const int each = count > 1 ? std::atoi(arguments[1]) : 100;
+  if (count > 2) random_number.Seed(std::strtoull(arguments[2], nullptr, 10));
   for (Type type : {Type::kF32, Type::kF64, Type::kF16, Type::kBF16}) {
     for (int i = 0; i < each; ++i) {
       TestMaxPoolTap(type);
