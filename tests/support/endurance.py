@@ -80,18 +80,17 @@ def caches() -> Iterator[tuple[str, Any]]:
 
 
 def trace(number: int) -> None:
-    """Traces calls of the shape of that number."""
+    """Traces a call, and its gradient, of the shape of that number."""
     height, width, channels = 8 + number % 97, 8 + number // 97 % 89, 1 + number // (97 * 89) % 7
     x = jax.ShapeDtypeStruct((1, height, width, channels), jnp.float32)
-    kernel = jax.ShapeDtypeStruct((3, 3, channels, 2), jnp.float32)
-    window = 2 + number % 3
-
-    def both(x: Any, kernel: Any) -> Any:
-        y = jax_mps.max_pool(x, window, strides=window, padding=0, ceil_mode=True) ** 2
-        z = jax_mps.conv_transpose(x, kernel, strides=window) ** 2
-        return y.sum() + z.sum() + jax_mps.adaptive_avg_pool(x, window).sum()
-
-    jax.eval_shape(jax.grad(both, argnums=(0, 1)), x, kernel)
+    kernel = np.ones((3, 3, channels, 2), np.float32)
+    calls: tuple[Callable[[Any], Any], ...] = (
+        lambda x: jax_mps.max_pool(x, 3, strides=2, padding=1, ceil_mode=True),
+        lambda x: jax_mps.adaptive_avg_pool(x, 3),
+        lambda x: jax_mps.conv_transpose(x, kernel, strides=2),
+    )
+    call = calls[number % len(calls)]
+    jax.eval_shape(pull_back(call), x)
 
 
 def trace_many(count: int, seed: int) -> None:
