@@ -18,14 +18,14 @@ import jax_mps
 from memory import resident, size
 
 NATIVE: dict[str, Any] = {"implementation": "native"}
-GROWTH = 1.01
-"""Of resident memory, after a fifth of the time."""
 SAMPLES = 20
+GROWTH = 1.002
+"""Of resident memory between the warm-up and the end. A leak of 100 bytes a step is found in 10,000 steps."""
 
 
 def check_flat(sizes: list[int]) -> None:
-    """Fails where memory grows after the first fifth."""
-    warm = SAMPLES // 5
+    """Fails where memory grows after two fifths of the time."""
+    warm = 2 * SAMPLES // 5
     assert max(sizes[warm:]) <= GROWTH * max(sizes[:warm]), [n >> 10 for n in sizes]
 
 

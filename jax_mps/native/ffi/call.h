@@ -37,14 +37,22 @@ inline Type Accumulator(Type type) { return type == Type::kF64 ? Type::kF64 : Ty
 
 inline xla::ffi::Error NoMemory() { return {xla::ffi::ErrorCode::kResourceExhausted, "jax_mps: no memory for scratch"}; }
 
+// What XLA moves to where another thread runs it.
+class Task {
+ public:
+  explicit Task(std::function<void()> run) : run_(std::move(run)) {}
+  Task(Task&& other) noexcept : run_(std::move(other.run_)) { Release(); }
+  void operator()() const {
+    Acquire();
+    run_();
+  }
+
+ private:
+  std::function<void()> run_;
+};
+
 inline Workers WorkersOf(xla::ffi::ThreadPool& pool) {
-  return [&pool](std::function<void()> task) {
-    Release();
-    pool.Schedule([task = std::move(task)] {
-      Acquire();
-      task();
-    });
-  };
+  return [&pool](std::function<void()> run) { pool.Schedule(Task(std::move(run))); };
 }
 
 // A handler from which no exception gets into XLA.

@@ -21,8 +21,8 @@ BUILDS = ROOT / ".soak" / "builds"
 INSTRUCTION_SET = "x86_64_v3" if platform.machine() in ("x86_64", "AMD64") else "baseline"
 EVERY = 100
 """One of so many tests is in a case: about fifty, half a minute."""
-# What is checked at every access takes a compiler a quarter of an hour. Continuous integration has it, for the
-# kernels' own program.
+# What is checked at every access takes a compiler a quarter of an hour. Continuous integration checks it too,
+# in the kernels' own program.
 UNCHECKED = "null,alignment,pointer-overflow,vptr"
 
 
@@ -69,21 +69,27 @@ UNFIT = (
 
 
 def step(seed: int, number: int, check: Callable[[Any], None]) -> None:
-    """One run of every tool: of the kernels' program and of tests, in turns."""
+    """Every tool: the kernels' program, tests of the suite, and chains of calls by many threads."""
     tools = list(TOOLS)
     for tool in tools:
         build(tool)
     for tool in tools:
         check({"tool": tool, "seed": 1000 * seed + number})
         if TOOLS[tool].libraries:
-            check({"tool": tool, "first": (seed * 97 + number * 101) % EVERY})
+            check({"tool": tool, "first": (seed * 37 + number * 11) % EVERY})
+            form = ("plain", "vmap", "scan", "callback", "sharded")[number % 5]
+            check({"tool": tool, "form": form, "seed": 1000 * seed + number})
 
 
 def check(case: Any) -> None:
     """Runs what the case says, and raises where the tool complains, or the program."""
     tool = TOOLS[case["tool"]]
     folder = build(case["tool"])
-    if "seed" in case:
+    if "form" in case:
+        code = f"import chains; chains.run({case['form']!r}, 3, {case['seed']})"
+        devices = {"NPROC": "4", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+        python(tool, folder, "-c", code, **devices)
+    elif "seed" in case:
         program = folder / f"kernels_test_{INSTRUCTION_SET}"
         run([*tool.command, program, tool.problems, case["seed"]])
     else:
@@ -120,11 +126,11 @@ def build(name: str) -> Path:
     return folder
 
 
-def python(tool: Tool, folder: Path, *arguments: Any) -> str:
+def python(tool: Tool, folder: Path, *arguments: Any, **environment: str) -> str:
     """What Python prints with the library of that folder."""
     path = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
     loaded = " ".join(map(compiler_file, tool.libraries))
-    environment = {"PYTHONPATH": path, "LD_PRELOAD": loaded, "JAX_MPS_NATIVE": "required"}
+    environment |= {"PYTHONPATH": path, "LD_PRELOAD": loaded, "JAX_MPS_NATIVE": "required"}
     return run([sys.executable, *arguments], environment | tool.environment)
 
 
