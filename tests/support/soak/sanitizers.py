@@ -44,7 +44,8 @@ TOOLS = {
         f"-fsanitize=address,undefined -fno-sanitize={UNCHECKED} -fno-sanitize-recover=all",
         {
             # Python and JAX free little when they end: leaks are looked for in the kernels' own program.
-            "ASAN_OPTIONS": "detect_leaks=0",
+            # What cannot be allocated is null, as without it.
+            "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1",
             "UBSAN_OPTIONS": "print_stacktrace=1",
         },
         # jaxlib throws exceptions: AddressSanitizer wants to find what it takes the place of.
