@@ -46,6 +46,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="all of Apple's programs through this backend of IREE: llvm-cpu, vmvx or vulkan-spirv",
     )
     parser.addoption("--every", type=int, default=1, metavar="N", help="run only every N-th test")
+    parser.addoption("--first", type=int, default=0, metavar="N", help="of those, start with the N-th test")
 
 
 def pytest_report_header(config: pytest.Config) -> str:
@@ -58,7 +59,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     yield  # `-m`, `-k` and others choose
     if config.getoption("iree") != "vulkan-spirv":
         items[:] = [item for item in items if item.get_closest_marker("vulkan") is None]
-    items[:] = items[:: config.getoption("every")]
+    items[:] = items[config.getoption("first") :: config.getoption("every")]
     if importlib.util.find_spec("torch") is None:
         for item in items:
             if isinstance(item, pytest.DoctestItem) and _IMPORTS_TORCH.search(item.dtest.docstring or ""):

@@ -24,6 +24,7 @@ namespace {
 constexpr int64_t kGrain = 64 << 10;     // bytes: less than this is not worth a task
 constexpr int64_t kTasksPerThread = 64;  // many small ones: a thread without work waits for the rest of one at most
 constexpr int kSpins = 200;              // while the last tasks of other threads end; after these the caller sleeps
+constexpr size_t kKept = 4 << 20;        // bytes of each scratch that a thread keeps from call to call
 
 // Subnormal numbers count while this lives. XLA lets some of its threads flush them to zero: then the tap of a maximum, and
 // the norm of a small vector, would depend on the thread.
@@ -46,6 +47,44 @@ class Subnormals {
   uint64_t before_;
 #endif
 };
+
+class Buffer {
+ public:
+  void* Get(size_t bytes) {
+    if (bytes > size_) {
+      data_.reset(operator new(bytes, std::align_val_t(64), std::nothrow));
+      size_ = data_ ? bytes : 0;
+    }
+    return data_.get();
+  }
+  void Trim() {
+    if (size_ <= kKept) return;
+    data_.reset();
+    size_ = 0;
+  }
+
+ private:
+  struct Free {
+    void operator()(void* data) const { operator delete(data, std::align_val_t(64)); }
+  };
+  std::unique_ptr<void, Free> data_;
+  size_t size_ = 0;
+};
+
+thread_local Buffer scratch[2];
+
+void TrimScratch() {
+  for (Buffer& buffer : scratch) buffer.Trim();
+}
+
+// What a piece cannot allocate must not unwind the stack of a thread of the pool, nor that of a caller for whom others work.
+bool Try(bool (*body)(const void*, int64_t, int64_t), const void* context, int64_t begin, int64_t end) {
+  try {
+    return body(context, begin, end);
+  } catch (const std::bad_alloc&) {
+    return false;
+  }
+}
 
 // The tasks that a thread takes first. Every call cuts the same work in the same way, so a thread often finds its data in
 // its caches. A thread that has finished its share takes tasks of the others.
@@ -74,9 +113,10 @@ struct Job : std::enable_shared_from_this<Job> {
       Share& share = shares[(number + i) % threads];
       for (int64_t task; (task = share.next.fetch_add(1)) < share.end; ++mine) {
         if (mine == 0) Call(number);
-        if (!body(context, units * task / tasks, units * (task + 1) / tasks)) ok = false;
+        if (!Try(body, context, units * task / tasks, units * (task + 1) / tasks)) ok = false;
       }
     }
+    TrimScratch();
     if (mine > 0 && done.fetch_add(mine) + mine == tasks) {
       std::lock_guard<std::mutex> lock(mutex);
       finished.notify_all();
@@ -85,8 +125,12 @@ struct Job : std::enable_shared_from_this<Job> {
 
   // To wake a thread takes as long as a small task does: each wakes two others, instead of the caller all of them.
   void Call(int64_t number) {
-    for (int64_t other = 2 * number + 1; other < threads && other <= 2 * number + 2; ++other) {
-      (*workers)([job = shared_from_this(), other] { job->Work(other); });
+    try {
+      for (int64_t other = 2 * number + 1; other < threads && other <= 2 * number + 2; ++other) {
+        (*workers)([job = shared_from_this(), other] { job->Work(other); });
+      }
+    } catch (const std::bad_alloc&) {
+      return;  // those who are awake do the work
     }
   }
 
@@ -119,7 +163,9 @@ bool ShareWork(const Workers& workers, int64_t units, int64_t bytes_per_unit, bo
   const int64_t tasks = std::min({units, wanted, static_cast<int64_t>(bytes / kGrain)});
   if (ThreadCount() == 1 || tasks <= 1 || !workers) {
     const Subnormals subnormals;
-    return body(context, 0, units);
+    const bool ok = Try(body, context, 0, units);
+    if (workers) TrimScratch();  // else it is a part of a body that has scratch of its own
+    return ok;
   }
 
   const auto job = std::make_shared<Job>();
@@ -141,22 +187,7 @@ bool ShareWork(const Workers& workers, int64_t units, int64_t bytes_per_unit, bo
 
 const Workers kAlone;
 
-void* Scratch(size_t bytes, int number) {
-  struct Free {
-    void operator()(void* data) const { operator delete(data, std::align_val_t(64)); }
-  };
-  struct Buffer {
-    std::unique_ptr<void, Free> data;
-    size_t size = 0;
-  };
-  thread_local Buffer buffers[2];
-  Buffer& buffer = buffers[number];
-  if (bytes > buffer.size) {
-    buffer.data.reset(operator new(bytes, std::align_val_t(64), std::nothrow));
-    buffer.size = buffer.data ? bytes : 0;
-  }
-  return buffer.data.get();
-}
+void* Scratch(size_t bytes, int number) { return scratch[number].Get(bytes); }
 
 bool ExceedsCaches(size_t bytes) {
   static const size_t limit = [] {

@@ -108,6 +108,32 @@ def test_independent_calls_in_one_program_do_not_wait_for_each_other(threads):
     assert finish(start(CHAINS, NPROC=threads), timeout=120) == "done\n"
 
 
+@pytest.mark.parametrize(
+    ("form", "devices", "pool"),
+    [
+        ("plain", "2", "1"),
+        ("vmap", "1", "2"),
+        ("scan", "8", "1"),
+        ("callback", "1", "1"),
+        ("sharded", "4", "2"),
+    ],
+)
+@pytest.mark.full
+@pytest.mark.usefixtures("native")
+def test_threads_on_several_devices_neither_wait_for_ever_nor_change_the_bits(form, devices, pool):
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    finish(start(f"import chains; chains.run({form!r}, 5, 0)", NPROC=str(pool), XLA_FLAGS=flags))
+
+
+@pytest.mark.parametrize(
+    "way", ["forked_before_use", "forked_after_use", pytest.param("spawned", marks=pytest.mark.full)]
+)
+@pytest.mark.skipif(sys.platform == "darwin", reason="Apple's libraries do not work in forked processes")
+@pytest.mark.usefixtures("native")
+def test_processes_that_a_program_starts_work(way):
+    finish(start(f"if __name__ == '__main__':\n    import forks; forks.WAYS[{way!r}]()", NPROC="2"))
+
+
 NEW_MEMORY = """
 import jax, numpy as np, jax_mps
 

@@ -1,6 +1,7 @@
 #include "conv/geometry.h"
 
 #include <algorithm>
+#include <memory>
 #include <new>
 #include <numeric>
 #include <vector>
@@ -139,7 +140,8 @@ struct GatherPlan::Storage {
 
 GatherPlan::GatherPlan(const ConvProblem& problem, int64_t pixels, bool compact, bool whole) {
   const bool forward = problem.op == ConvOp::kForward;
-  storage_ = new Storage;
+  auto storage = std::make_unique<Storage>();  // freed where one of its vectors finds no memory
+  storage_ = storage.get();
   targets[0] = sources[0] = problem.batch;
   int64_t phases[4] = {1, 1, 1, 1};
   for (int a = 0; a < 3; ++a) {
@@ -167,6 +169,7 @@ GatherPlan::GatherPlan(const ConvProblem& problem, int64_t pixels, bool compact,
     boxes[a] = CeilDiv(targets[a], box[a]);
     pixels /= box[a];
   }
+  storage.release();
 }
 
 GatherPlan::~GatherPlan() { delete storage_; }

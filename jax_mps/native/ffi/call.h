@@ -2,8 +2,13 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
+#include <new>
+#include <utility>
 
+#include "ffi/order.h"
 #include "pooling/kernels.h"
+#include "threads.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace jax_mps {
@@ -30,6 +35,39 @@ inline bool IsFloat(Type type) {
 
 inline Type Accumulator(Type type) { return type == Type::kF64 ? Type::kF64 : Type::kF32; }
 
+inline xla::ffi::Error NoMemory() { return {xla::ffi::ErrorCode::kResourceExhausted, "jax_mps: no memory for scratch"}; }
+
+// What XLA moves to where another thread runs it.
+class Task {
+ public:
+  explicit Task(std::function<void()> run) : run_(std::move(run)) {}
+  Task(Task&& other) noexcept : run_(std::move(other.run_)) { Release(); }
+  void operator()() const {
+    Acquire();
+    run_();
+  }
+
+ private:
+  std::function<void()> run_;
+};
+
+inline Workers WorkersOf(xla::ffi::ThreadPool& pool) {
+  return [&pool](std::function<void()> run) { pool.Schedule(Task(std::move(run))); };
+}
+
+// A handler from which no exception gets into XLA.
+template <class... Args>
+auto Guarded(xla::ffi::Error (*handler)(Args...)) {
+  return [handler](Args... args) {
+    const InOrder order;
+    try {
+      return handler(std::move(args)...);
+    } catch (const std::bad_alloc&) {
+      return NoMemory();
+    }
+  };
+}
+
 // A binding of `operands` arrays, `results` arrays and attributes, for handlers of the order (pool, attributes, arrays).
 template <class Attrs, int operands, int results>
 auto Bind() {
@@ -51,6 +89,7 @@ auto Bind() {
 // The symbols, the only ones the library shows.
 #define JAX_MPS_EXPORT extern "C" __attribute__((visibility("default")))
 
-#define JAX_MPS_HANDLER(name, attrs, operands, results)                 \
-  JAX_MPS_EXPORT XLA_FFI_Error* JaxMps##name(XLA_FFI_CallFrame* frame); \
-  XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxMps##name, jax_mps::name, (jax_mps::Bind<jax_mps::attrs, operands, results>()))
+#define JAX_MPS_HANDLER(name, attrs, operands, results)                        \
+  JAX_MPS_EXPORT XLA_FFI_Error* JaxMps##name(XLA_FFI_CallFrame* frame);        \
+  XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxMps##name, jax_mps::Guarded(jax_mps::name), \
+                                (jax_mps::Bind<jax_mps::attrs, operands, results>()))

@@ -99,10 +99,10 @@ ffi::Error Run(ConvOp op, ffi::ThreadPool& pool, const ConvAttrs& attrs, const O
   problem.operand[0] = first.untyped_data();
   problem.operand[1] = second.untyped_data();
   problem.result = result->untyped_data();
-  const Workers workers = [&pool](std::function<void()> task) { pool.Schedule([task = std::move(task)] { task(); }); };
+  const Workers workers = WorkersOf(pool);
   problem.workers = &workers;
   if (ThisInstructionSet().convolve(problem)) return ffi::Error::Success();
-  return ffi::Error(ffi::ErrorCode::kResourceExhausted, "jax_mps: no memory for scratch");
+  return NoMemory();
 }
 
 ffi::Error ConvTranspose(ffi::ThreadPool pool, ConvAttrs attrs, Operand x, Operand kernel, Result y) {

@@ -173,13 +173,13 @@ class Call {
   ffi::Error Run(ffi::ThreadPool& pool) {
     if (!error_.empty()) return ffi::Error::InvalidArgument("jax_mps: " + error_);
     if (empty_) return ffi::Error::Success();
-    const Workers workers = [&pool](std::function<void()> task) { pool.Schedule([task = std::move(task)] { task(); }); };
+    const Workers workers = WorkersOf(pool);
     problem_.workers = &workers;
     // Unpooling has no windows: its positions are numbers in a plane, whose axes have to stay.
     if (problem_.op != Op::kMaxUnpool && problem_.op != Op::kMaxUnpoolTake) MergeCoveredAxes(problem_.geometry);
     problem_.stream &= StreamsWell();
     if (ThisInstructionSet().execute(problem_)) return ffi::Error::Success();
-    return ffi::Error(ffi::ErrorCode::kResourceExhausted, "jax_mps: no memory for scratch");
+    return NoMemory();
   }
 
  private:

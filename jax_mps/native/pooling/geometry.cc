@@ -1,6 +1,7 @@
 #include "pooling/geometry.h"
 
 #include <algorithm>
+#include <memory>
 #include <numeric>
 #include <vector>
 
@@ -108,7 +109,8 @@ struct Plan::Storage {
 
 Plan::Plan(const Geometry& geometry, const Wishes& wishes) : outer(geometry.outer), inner(geometry.inner) {
   for (int a = 0; a < 3; ++a) line[a] = Line(geometry.axis[a], wishes.backward);
-  storage_ = new Storage;
+  auto storage = std::make_unique<Storage>();  // freed where one of its vectors finds no memory
+  storage_ = storage.get();
   ChooseForm(geometry, wishes);
   CutChunks(PieceLength(wishes));
   for (Chunk& chunk : storage_->chunks) CutRuns(chunk);
@@ -123,6 +125,7 @@ Plan::Plan(const Geometry& geometry, const Wishes& wishes) : outer(geometry.oute
     for (int64_t i = 0; i < line[a].targets(); ++i) storage_->reach[a].push_back(line[a].At(i));
     reach[a] = storage_->reach[a].data();
   }
+  storage.release();
 }
 
 // Which passes a row takes on its way from the sources to the targets.

@@ -2,14 +2,16 @@
 // of work. No framework, no XLA, no Python, so it also runs with sanitizers and, compiled for another processor, in an
 // emulator.
 //
-//   kernels_test_<instruction set> [problems of each kind, 100 if left out]
+//   kernels_test_<instruction set> [problems of each kind, 100 if left out [seed]]
 //
 // Exit status 0, 1 where something differs, 77 where this processor lacks the instruction set.
 
 #include "pooling/kernels.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -17,6 +19,7 @@
 #include <functional>
 #include <limits>
 #include <mutex>
+#include <new>
 #include <string>
 #include <thread>
 #include <utility>
@@ -45,10 +48,41 @@ class Random {
     return low + static_cast<int64_t>((state_ >> 33) % static_cast<uint64_t>(high - low + 1));
   }
   bool OneIn(int64_t n) { return (*this)(1, n) == 1; }
+  void Seed(uint64_t seed) { state_ = seed; }
 
  private:
   uint64_t state_ = 20240607;
 } random_number;
+
+// ---- Memory that runs out.
+
+constexpr int64_t kPlenty = std::numeric_limits<int64_t>::max();
+std::atomic<int64_t> allocations{kPlenty};  // that succeed, before all others fail
+
+void* Allocate(size_t bytes, size_t alignment) {
+  if (allocations.fetch_sub(1) <= 0) return nullptr;
+  const size_t exact = bytes > 0 ? bytes : 1;  // a sanitizer sees the first byte beyond
+  if (alignment <= alignof(std::max_align_t)) return std::malloc(exact);
+  void* data = nullptr;
+  return posix_memalign(&data, alignment, exact) == 0 ? data : nullptr;
+}
+
+// Runs a call. Half of the calls run out of memory: they do not crash, and either say so or have the right results.
+template <class AnyProblem>
+bool Compute(const AnyProblem& problem) {
+  if (random_number.OneIn(2)) {
+    bool enough = false;
+    allocations = random_number(0, 30);
+    try {
+      enough = Execute(problem);
+    } catch (const std::bad_alloc&) {
+      enough = false;
+    }
+    allocations = kPlenty;
+    if (enough) return true;
+  }
+  return Execute(problem);
+}
 
 // ---- Element types: everything is computed in double here, and held as `Bytes` for the kernels.
 
@@ -453,7 +487,7 @@ struct Pooling {
     {
       Threads threads;
       problem.workers = &threads.workers;
-      if (!Execute(problem)) Fail("no memory", Name(), 0, 0, 0);
+      if (!Compute(problem)) Fail("no memory", Name(), 0, 0, 0);
     }
     std::vector<Numbers> numbers;
     for (size_t i = 0; i < results.size(); ++i) numbers.push_back(Decode(types[i], results[i]));
@@ -766,7 +800,7 @@ void TestConvTranspose(Type type) {
     {
       Threads threads;
       p.workers = &threads.workers;
-      if (!Execute(p)) Fail("no memory", Describe(name, p), 0, 0, 0);
+      if (!Compute(p)) Fail("no memory", Describe(name, p), 0, 0, 0);
     }
     Close("result", Describe(name, p), stored, type, Decode(stored, result), wanted);
   };
@@ -790,8 +824,25 @@ bool ProcessorHas(const std::string& instruction_set) {
 #define JAX_MPS_TEXT_OF(name) #name
 #define JAX_MPS_TEXT(name) JAX_MPS_TEXT_OF(name)
 
+void* OrThrow(void* data) {
+  if (data == nullptr) throw std::bad_alloc();
+  return data;
+}
+
 }  // namespace
 }  // namespace jax_mps
+
+void* operator new(size_t bytes) { return jax_mps::OrThrow(jax_mps::Allocate(bytes, alignof(std::max_align_t))); }
+void* operator new(size_t bytes, std::align_val_t alignment) {
+  return jax_mps::OrThrow(jax_mps::Allocate(bytes, static_cast<size_t>(alignment)));
+}
+void* operator new(size_t bytes, std::align_val_t alignment, const std::nothrow_t&) noexcept {
+  return jax_mps::Allocate(bytes, static_cast<size_t>(alignment));
+}
+void operator delete(void* data) noexcept { std::free(data); }
+void operator delete(void* data, size_t) noexcept { std::free(data); }
+void operator delete(void* data, std::align_val_t) noexcept { std::free(data); }
+void operator delete(void* data, size_t, std::align_val_t) noexcept { std::free(data); }
 
 int main(int count, char** arguments) {
   using namespace jax_mps;
@@ -801,6 +852,7 @@ int main(int count, char** arguments) {
     return 77;
   }
   const int each = count > 1 ? std::atoi(arguments[1]) : 100;
+  if (count > 2) random_number.Seed(std::strtoull(arguments[2], nullptr, 10));
   for (Type type : {Type::kF32, Type::kF64, Type::kF16, Type::kBF16}) {
     for (int i = 0; i < each; ++i) {
       TestMaxPoolTap(type);
