@@ -37,6 +37,12 @@ class Line(NamedTuple):
     last: int
     band: tuple[int, int] = (0, 0)
     """Pixels around the image that the divisor of an average may count."""
+    expansion: int = 1
+    """Every so many pixels is one of the array, in convolutions. Those between are zeros that nothing multiplies."""
+
+    @property
+    def pixels(self) -> int:
+        return (self.size - 1) // self.expansion + 1
 
     def tap(self, i: int, k: int) -> int:
         return self.stride * i - self.low + self.dilation * k
@@ -231,13 +237,13 @@ def products(axes: Sequence[Line]) -> Iterator[tuple[Pixel, Pixel, Pixel]]:
     for j in np.ndindex(*(a.windows for a in axes)):
         for k in itertools.product(*(range(a.taps) for a in axes)):
             i = tuple(a.tap(*at) for a, at in zip(axes, zip(j, k, strict=True), strict=True))
-            if all(0 <= t < a.size for t, a in zip(i, axes, strict=True)):
-                yield i, j, k
+            if all(0 <= t < a.size and t % a.expansion == 0 for t, a in zip(i, axes, strict=True)):
+                yield tuple(t // a.expansion for t, a in zip(i, axes, strict=True)), j, k
 
 
 def transposed_of(x: np.ndarray, kernel: np.ndarray, axes: Sequence[Line]) -> np.ndarray:
     groups, outputs = kernel.shape[len(axes) : len(axes) + 2]
-    y = np.zeros((*(a.size for a in axes), groups, outputs, x.shape[-1]))
+    y = np.zeros((*(a.pixels for a in axes), groups, outputs, x.shape[-1]))
     for i, j, k in products(axes):
         y[i] += kernel[k] @ x[j]
     return y
