@@ -38,7 +38,7 @@ class Line(NamedTuple):
     band: tuple[int, int] = (0, 0)
     """Pixels around the image that the divisor of an average may count."""
     expansion: int = 1
-    """Every so many pixels is one of the array, in convolutions. Those between are zeros that nothing multiplies."""
+    """In convolutions, pixels from one of the array to the next. Those between are never multiplied."""
 
     @property
     def pixels(self) -> int:
@@ -179,6 +179,24 @@ def max_of(x: np.ndarray, axes: Sequence[Line], edge: str) -> tuple[np.ndarray, 
         flat = [-1 if p is None else np.ravel_multi_index(p, [a.size for a in axes]) for p in reads]
         position[i] = np.array(flat)[chosen]
     return y, position
+
+
+def selected_taps(x: np.ndarray, axes: Sequence[Any], *, with_padding: bool) -> np.ndarray:
+    """The taps that gradients of stock maxima select, of an array `(batch, *spatial, channels)`."""
+    out = np.full((x.shape[0], *(a.windows for a in axes), x.shape[-1]), -1)
+    for place in np.ndindex(out.shape):
+        n, *at, c = place
+        best, tap = (None, -1) if with_padding else (-np.inf, -1)
+        for number, taps in enumerate(itertools.product(*(range(a.taps) for a in axes))):
+            pixel = [a.stride * i - a.low + a.dilation * k for a, i, k in zip(axes, at, taps, strict=True)]
+            inside = all(0 <= p < a.size for p, a in zip(pixel, axes, strict=True))
+            if not inside and not with_padding:
+                continue
+            value, index = (x[(n, *pixel, c)], number) if inside else (-np.inf, -1)
+            if best is None or not best >= value:
+                best, tap = value, index
+        out[place] = tap
+    return out
 
 
 def max_gradient_of(g: np.ndarray, x: np.ndarray, axes: Sequence[Line], edge: str) -> np.ndarray:

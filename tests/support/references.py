@@ -8,8 +8,8 @@ and the cotangent `g` of the value.
     gradient    for every operand, the pull-back of g
     second      for every operand, the derivative of its gradient along t
 
-Derivatives of f are symmetric, so `second` is also what reverse mode gives for the cotangents t of the gradient.
-`magnitude` says how large the terms of a result are: its rounding errors are relative to that, element by element.
+Second derivatives are symmetric, so `second` is also what reverse mode gives for the cotangents t of the
+gradient. `magnitude` says how large the terms of a result are: its rounding errors are relative to that.
 """
 
 from __future__ import annotations
@@ -34,6 +34,18 @@ def absolute(arrays: Arrays) -> list[np.ndarray]:
 class Reference:
     """What all references have."""
 
+    def value(self, x: Arrays, t: Arrays, g: Any) -> Any:
+        raise NotImplementedError
+
+    def tangent(self, x: Arrays, t: Arrays, g: Any) -> Any:
+        raise NotImplementedError
+
+    def gradient(self, x: Arrays, t: Arrays, g: Any) -> Any:
+        raise NotImplementedError
+
+    def second(self, x: Arrays, t: Arrays, g: Any) -> Any:
+        raise NotImplementedError
+
     def magnitude(self, name: str, x: Arrays, t: Arrays, g: Any) -> Any:
         """The sum of the absolute values of the terms of a result."""
         return getattr(self, name)(x, absolute(t), np.abs(g))
@@ -42,8 +54,8 @@ class Reference:
 class Multilinear(Reference):
     """A function that is linear in each of its operands.
 
-    `transposes` has for each operand the function of a cotangent and all operands that gives its gradient; of the
-    operand itself only the shape matters.
+    `transposes` has for each operand the function of a cotangent and all operands that gives its gradient; of
+    the operand itself only the shape matters.
     """
 
     def __init__(self, f: Callable[..., Any], *transposes: Callable[..., Any]) -> None:
@@ -60,7 +72,10 @@ class Multilinear(Reference):
 
     def second(self, x: Arrays, t: Arrays, g: Any) -> Any:
         return [
-            sum((back(g, *x[:j], tj, *x[j + 1 :]) for j, tj in enumerate(t) if j != i), np.zeros(np.shape(x[i])))
+            sum(
+                (back(g, *x[:j], tj, *x[j + 1 :]) for j, tj in enumerate(t) if j != i),
+                np.zeros(np.shape(x[i])),
+            )
             for i, back in enumerate(self.transposes)
         ]
 
@@ -68,31 +83,53 @@ class Multilinear(Reference):
         return super().magnitude(name, absolute(x), t, g)
 
 
-class Constant(Reference):
-    """A reference as a function of more operands, after the others, whose derivatives are 0."""
+class Around(Reference):
+    """A reference made of another one."""
 
-    def __init__(self, inner: Reference, count: int) -> None:
-        self.inner, self.count = inner, count
+    def __init__(self, inner: Reference) -> None:
+        self.inner = inner
 
-    def _of(self, name: str, x: Arrays, t: Arrays, g: Any) -> Any:
-        return getattr(self.inner, name)(x[: -self.count], t[: -self.count], g)
+    def of(self, name: str, x: Arrays, t: Arrays, g: Any, found: Callable[..., Any]) -> Any:
+        """A result, where `found` gives those of the inner reference."""
+        raise NotImplementedError
+
+    def _plain(self, name: str, x: Arrays, t: Arrays, g: Any) -> Any:
+        return self.of(name, x, t, g, getattr(self.inner, name))
 
     def value(self, x: Arrays, t: Arrays, g: Any) -> Any:
-        return self._of("value", x, t, g)
+        return self._plain("value", x, t, g)
 
     def tangent(self, x: Arrays, t: Arrays, g: Any) -> Any:
-        return self._of("tangent", x, t, g)
+        return self._plain("tangent", x, t, g)
 
     def gradient(self, x: Arrays, t: Arrays, g: Any) -> Any:
-        return [*self._of("gradient", x, t, g), *map(np.zeros_like, x[-self.count :])]
+        return self._plain("gradient", x, t, g)
 
     def second(self, x: Arrays, t: Arrays, g: Any) -> Any:
-        return [*self._of("second", x, t, g), *map(np.zeros_like, x[-self.count :])]
+        return self._plain("second", x, t, g)
 
     def magnitude(self, name: str, x: Arrays, t: Arrays, g: Any) -> Any:
-        found = self.inner.magnitude(name, x[: -self.count], t[: -self.count], g)
-        more = [np.zeros_like(a) for a in x[-self.count :]]
-        return [*found, *more] if name in ("gradient", "second") else found
+        return self.of(name, x, t, g, lambda *arguments: self.inner.magnitude(name, *arguments))
+
+
+class Constant(Around):
+    """A reference as a function of one more operand, the last one, whose derivatives are 0."""
+
+    def of(self, name: str, x: Arrays, t: Arrays, g: Any, found: Callable[..., Any]) -> Any:
+        result = found(x[:-1], t[:-1], g)
+        return [*result, np.zeros(x[-1].shape)] if name in ("gradient", "second") else result
+
+
+class WithIndices(Around):
+    """A maximum with positions: its value is a pair."""
+
+    def __init__(self, inner: Reference, indices: np.ndarray) -> None:
+        super().__init__(inner)
+        self.indices = indices
+
+    def of(self, name: str, x: Arrays, t: Arrays, g: Any, found: Callable[..., Any]) -> Any:
+        result = found(x, t, g)
+        return (result, self.indices) if name == "value" else result
 
 
 class Layout:
@@ -179,7 +216,11 @@ class Norm(Reference):
         taps = self._taps(x)
         largest = np.abs(taps).max(1, keepdims=True)
         scale = np.where((largest == 0) | np.isinf(largest), 1, largest)
-        y = scale if self.p == math.inf else scale * ((np.abs(taps) / scale) ** self.p).sum(1, keepdims=True) ** (1 / self.p)
+        y = (
+            scale
+            if self.p == math.inf
+            else scale * ((np.abs(taps) / scale) ** self.p).sum(1, keepdims=True) ** (1 / self.p)
+        )
         y = np.where((largest == 0) | np.isinf(largest), largest, y)
         return y, taps / np.where(y == 0, 1, y)
 
@@ -196,7 +237,8 @@ class Norm(Reference):
         return self._pooled((self._signed(self._weights(self._norms(x[0])[1])) * self._taps(t[0])).sum(1))
 
     def gradient(self, x: Arrays, t: Arrays, g: Any) -> Any:
-        return [self._image(self._signed(self._weights(self._norms(x[0])[1])) * self._windows(g))]
+        y, r = self._norms(x[0])
+        return [self._image(np.where(y == 0, 0, self._signed(self._weights(r)) * self._windows(g)))]
 
     def second(self, x: Arrays, t: Arrays, g: Any) -> Any:
         y, r = self._norms(x[0])
@@ -217,7 +259,9 @@ class Norm(Reference):
 
         def pool(x: Any) -> Any:
             pixels = x.movedim(*ends).reshape(math.prod(a.size for a in self.axes), -1)
-            taps = torch.cat([pixels, torch.zeros(1, pixels.shape[1], dtype=x.dtype)])[torch.from_numpy(self.reads)]
+            taps = torch.cat([pixels, torch.zeros(1, pixels.shape[1], dtype=x.dtype)])[
+                torch.from_numpy(self.reads)
+            ]
             squares = (taps * taps).sum(1)
             nowhere = squares == 0
             y = torch.where(nowhere, 0.0, torch.where(nowhere, 1.0, squares).sqrt())
@@ -260,9 +304,8 @@ class NormGradient(Reference):
         sizes.absolute = True
         return getattr(NormGradient(sizes), name)([np.abs(x[0]), x[1]], absolute(t), np.abs(g))
 
-
     def _largest(self, x: Arrays, t: Arrays, g: Any) -> list[np.ndarray]:
-        """A bound on the terms of second derivatives, from the least norm: PyTorch does not say what is added."""
+        """A bound on the terms of second derivatives: PyTorch does not say what is added up."""
         y = self.norm.value(x[1:], (), None)
         least = y[y > 0].min(initial=np.inf)
         (u, v), w = (np.abs(a).max(initial=0) for a in t), np.abs(g).max(initial=0)
@@ -284,28 +327,28 @@ class Torch(Reference):
 
         return tuple(torch.from_numpy(np.array(a, np.float64)) for a in arrays)
 
-    def _gradient(self, g: Any) -> Callable[..., Any]:
+    def _pulled(self, *x_and_g: Any) -> tuple[Any, ...]:
         import torch
 
-        (cotangent,) = self._tensors([g])
-        return lambda *x: torch.func.vjp(self.f, *x)[1](cotangent)
+        return torch.func.vjp(self.f, *x_and_g[:-1])[1](x_and_g[-1])
+
+    def _derivatives_of_gradient(self, x: Arrays, t: Arrays, g: Any) -> tuple[Any, ...]:
+        """In the operands, and last in the cotangent, in which it is linear: that is the tangent."""
+        import torch
+
+        return torch.func.vjp(self._pulled, *self._tensors([*x, g]))[1](self._tensors(t))
 
     def value(self, x: Arrays, t: Arrays, g: Any) -> Any:
         return self.f(*self._tensors(x)).numpy()
 
     def tangent(self, x: Arrays, t: Arrays, g: Any) -> Any:
-        import torch
-
-        return torch.func.jvp(self.f, self._tensors(x), self._tensors(t))[1].numpy()
+        return self._derivatives_of_gradient(x, t, g)[-1].numpy()
 
     def gradient(self, x: Arrays, t: Arrays, g: Any) -> Any:
-        return [dx.numpy() for dx in self._gradient(g)(*self._tensors(x))]
+        return [dx.numpy() for dx in self._pulled(*self._tensors([*x, g]))]
 
     def second(self, x: Arrays, t: Arrays, g: Any) -> Any:
-        import torch
-
-        found = torch.func.jvp(self._gradient(g), self._tensors(x), self._tensors(t))[1]
-        return [dx.numpy() for dx in found]
+        return [dx.numpy() for dx in self._derivatives_of_gradient(x, t, g)[:-1]]
 
     def magnitude(self, name: str, x: Arrays, t: Arrays, g: Any) -> Any:
         found = super().magnitude(name, absolute(x) if self.multilinear else x, t, g)

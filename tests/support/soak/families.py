@@ -1,4 +1,4 @@
-"""All functions of the library that compute: how a call is drawn, what is called, and what the results should be.
+"""All functions of the library that compute: how a call is drawn, what is called, what is expected.
 
 A call is drawn as shapes of operands and keywords, all of which JSON can hold.
 """
@@ -20,7 +20,8 @@ import jax_mps
 import oracle
 import other_poolings as other
 import references
-from jax_mps.ops import operands
+from jax_mps import geometry
+from jax_mps.ops import edges, max_pooling, operands
 from references import Layout, Reference
 
 Array = Any
@@ -46,6 +47,7 @@ class Family:
       reference: of the keywords, the operands in float64 or integers, and whether they are finite.
       kinds: what the operands are: "number", "index" or "sample". Derivatives are taken but in indices.
       more: dtypes beside floating point, of which there are values only.
+      differentiable: whether it has derivatives.
       narrow: dtypes of 8 bits.
     """
 
@@ -54,6 +56,7 @@ class Family:
     reference: Callable[..., Reference]
     kinds: tuple[str, ...] = ("number",)
     more: Sequence[str] = NOTHING
+    differentiable: bool = True
     narrow: Sequence[str] = NOTHING
 
 
@@ -103,7 +106,7 @@ def window_axis(focus: str, rank: int, axis: int, ceil_mode: bool) -> st.SearchS
     """The windows of an axis, each of which has a pixel; padding may be negative or wider than the image."""
 
     def valid(a: dict[str, Any]) -> bool:
-        line = oracle.line(*(a[name] for name in ("size", "taps", "stride", "dilation", "padding")), ceil_mode)
+        line = oracle.line(a["size"], a["taps"], a["stride"], a["dilation"], a["padding"], ceil_mode)
         return line.windows > 0 and all(line.counted(i, (0, 0)) for i in range(line.windows))
 
     return st.fixed_dictionaries(
@@ -152,7 +155,9 @@ def placed(sizes: Sequence[int], call: Call) -> Call:
     return found
 
 
-def pooling(draw: Draw, *, gradient: bool = False, divisor: bool = False, order: bool = False, indices: bool = False) -> Drawn:
+def pooling(
+    draw: Draw, *, gradient: bool = False, divisor: bool = False, order: bool = False, indices: bool = False
+) -> Drawn:
     drawn = image(draw)
     sizes, call = windows(draw, drawn)
     count = channels(draw, drawn.focus)
@@ -176,6 +181,21 @@ def average_gradient(draw: Draw) -> Drawn:
     return [g], call | {"source_shape": source}
 
 
+def selection(draw: Draw) -> Drawn:
+    shapes, call = pooling(draw)
+    return shapes, call | {"with_padding": draw(st.booleans())}
+
+
+def selected_tap(
+    x: Array, *, data_format: Any, with_padding: bool, implementation: str | None = None, **call: Any
+) -> Array:
+    """The taps that accelerated stock gradients of maxima select: no public function has them."""
+    placement = geometry.place(x.shape, data_format=data_format, **call)
+    bind = max_pooling.max_pool_selected_tap_index_p.bind
+    params: Call = {"window": placement.window, "start": placement.start, "implementation": implementation}
+    return bind(edges.crop(x, placement), with_padding=with_padding, **params)
+
+
 def adaptive(draw: Draw, *, indices: bool = False) -> Drawn:
     drawn = image(draw)
     sizes = [draw(pixels(drawn.focus, drawn.rank, i)) for i in range(drawn.rank)]
@@ -189,9 +209,11 @@ def adaptive(draw: Draw, *, indices: bool = False) -> Drawn:
 
 def fractional(draw: Draw) -> Drawn:
     drawn = image(draw)
-    axes = [draw(st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(0, 4))) for _ in range(drawn.rank)]
+    axes = [
+        draw(st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(0, 4))) for _ in range(drawn.rank)
+    ]
     count = channels(draw, drawn.focus)
-    call = {"window_shape": [k for k, _, _ in axes], "output_size": [o for _, o, _ in axes]}
+    call: Call = {"window_shape": [k for k, _, _ in axes], "output_size": [o for _, o, _ in axes]}
     call |= {"data_format": drawn.data_format, "return_indices": draw(st.booleans())}
     shape = drawn.shape([k + o - 1 + more for k, o, more in axes], count)
     return [shape, [*drawn.batch, count, drawn.rank]], call
@@ -277,21 +299,32 @@ def convolution(draw: Draw, *, transposed: bool, operands: str = "xk") -> Drawn:
     return [shapes[name] for name in operands], call
 
 
-def conv_lines(sizes: Sequence[int], window: Sequence[int], call: Call, transposed: bool) -> tuple[oracle.Line, ...]:
+def conv_lines(
+    sizes: Sequence[int], window: Sequence[int], call: Call, transposed: bool
+) -> tuple[oracle.Line, ...]:
     """The windows of a convolution, of its result to its image where it is transposed."""
     rank, padding = len(window), call["padding"]
     if transposed:
         names = ("strides", "output_padding", "kernel_dilation")
         same = padding == "SAME_LOWER"
-        axes = oracle.transposed_lines(sizes, window, padding="SAME" if same else padding, **{n: call[n] for n in names})
+        axes = oracle.transposed_lines(
+            sizes, window, padding="SAME" if same else padding, **{n: call[n] for n in names}
+        )
         if same:
-            ends = [(n - 1) * a.stride + (a.taps - 1) * a.dilation + 1 for n, a in zip(sizes, axes, strict=True)]
+            ends = [
+                (n - 1) * a.stride + (a.taps - 1) * a.dilation + 1 for n, a in zip(sizes, axes, strict=True)
+            ]
             totals = [max(end - a.size, 0) for end, a in zip(ends, axes, strict=True)]
             axes = tuple(a._replace(low=total - total // 2) for a, total in zip(axes, totals, strict=True))
         return axes
     expansion = oracle.each_axis(call["input_dilation"], rank)
     between = [(n - 1) * e + 1 for n, e in zip(sizes, expansion, strict=True)]
-    pooled = {"window_shape": window, "strides": call["strides"], "padding": padding, "ceil_mode": False}
+    pooled: Call = {
+        "window_shape": window,
+        "strides": call["strides"],
+        "padding": padding,
+        "ceil_mode": False,
+    }
     pooled["window_dilation"] = call["kernel_dilation"]
     axes = oracle.lines(between, window, **placed(between, pooled))
     return tuple(a._replace(expansion=e) for a, e in zip(axes, expansion, strict=True))
@@ -310,7 +343,9 @@ def spatial(call: Call, x: np.ndarray) -> tuple[int, tuple[int, ...], list[int]]
 
 def form(call: Call) -> str:
     name = call["data_format"]
-    return name if name.startswith("channels") else "channels_last" if name.endswith("C") else "channels_first"
+    return (
+        name if name.startswith("channels") else "channels_last" if name.endswith("C") else "channels_first"
+    )
 
 
 def oracles(call: Call, x: np.ndarray, *names: str) -> tuple[list[int], Call]:
@@ -323,13 +358,20 @@ def torch_takes(call: Call, x: np.ndarray, *, dilation: bool = True) -> Call | N
     """The keywords of PyTorch's pooling, if it has these windows."""
     _, sizes, window = spatial(call, x)
     pads = oracle.each_axis(placed(sizes, call)["padding"], len(window))
-    strides, dilations = (list(oracle.each_axis(call[n], len(window))) for n in ("strides", "window_dilation"))
+    strides, dilations = (
+        list(oracle.each_axis(call[n], len(window))) for n in ("strides", "window_dilation")
+    )
     if call["padding"] in ("SAME", "SAME_LOWER"):
         return None
     pairs = [(0, 0) if p == "VALID" else (p, p) if isinstance(p, int) else tuple(p) for p in pads]
     if any(low != high or low < 0 or 2 * low > k for (low, high), k in zip(pairs, window, strict=True)):
         return None
-    found = {"kernel_size": window, "stride": strides, "padding": [low for low, _ in pairs], "ceil_mode": call["ceil_mode"]}
+    found = {
+        "kernel_size": window,
+        "stride": strides,
+        "padding": [low for low, _ in pairs],
+        "ceil_mode": call["ceil_mode"],
+    }
     if dilation:
         return found | {"dilation": dilations}
     return found if all(d == 1 for d in dilations) else None
@@ -340,7 +382,9 @@ def in_planes(function: Callable[..., Any], layout: Layout) -> Callable[..., Any
     return lambda x: layout.back(function(layout.planes(x)))
 
 
-def torch_pooling(name: str, call: Call, x: np.ndarray, *, multilinear: bool, **more: Any) -> references.Torch:
+def torch_pooling(
+    name: str, call: Call, x: np.ndarray, *, multilinear: bool, **more: Any
+) -> references.Torch:
     import torch
 
     rank = len(spatial(call, x)[2])
@@ -352,44 +396,31 @@ def layout_of(call: Call, x: np.ndarray, rank: int) -> Layout:
     return Layout(x.shape, rank, call["data_format"])
 
 
-class WithIndices(Reference):
-    """A maximum with positions: its value is a pair."""
-
-    def __init__(self, inner: Reference, indices: np.ndarray) -> None:
-        self.inner, self.indices = inner, indices
-
-    def value(self, x: Any, t: Any, g: Any) -> Any:
-        return self.inner.value(x, t, g), self.indices
-
-    def tangent(self, x: Any, t: Any, g: Any) -> Any:
-        return self.inner.tangent(x, t, g)
-
-    def gradient(self, x: Any, t: Any, g: Any) -> Any:
-        return self.inner.gradient(x, t, g)
-
-    def second(self, x: Any, t: Any, g: Any) -> Any:
-        return self.inner.second(x, t, g)
-
-    def magnitude(self, name: str, x: Any, t: Any, g: Any) -> Any:
-        found = self.inner.magnitude(name, x, t, g)
-        return (found, np.zeros(self.indices.shape)) if name == "value" else found
-
-
 def maximum(call: Call, x: np.ndarray, finite: bool) -> Reference:
-    start, sizes, window = spatial(call, x)
+    _, sizes, window = spatial(call, x)
     taken = torch_takes(call, x) if finite and x.dtype == np.float64 else None
     if taken is not None and not call.get("return_indices"):
         return torch_pooling("max_pool", call, x, multilinear=False, **taken)
     window, keywords = oracles(call, x)
     positions = oracle.max_pool(x, window, **keywords)[1]
     inner = references.chosen(positions, sizes, layout_of(call, x, len(window)))
-    return WithIndices(inner, positions) if call.get("return_indices") else inner
+    return references.WithIndices(inner, positions) if call.get("return_indices") else inner
 
 
 def maximum_gradient(call: Call, g: np.ndarray, x: np.ndarray, finite: bool) -> Reference:
     _, sizes, window = spatial(call, x)
     positions = oracle.max_pool(x, window, **oracles(call, x)[1])[1]
-    return references.Constant(references.put_at(positions, sizes, layout_of(call, x, len(window))), 1)
+    return references.Constant(references.put_at(positions, sizes, layout_of(call, x, len(window))))
+
+
+def selected(call: Call, x: np.ndarray, finite: bool) -> Reference:
+    _, sizes, window = spatial(call, x)
+    layout = layout_of(call, x, len(window))
+    axes = oracle.lines(sizes, window, **placed(sizes, call))
+    image = layout.planes(x)[(..., *(slice(a.first, a.last) for a in axes))]
+    cropped = [a._replace(size=a.last - a.first, low=a.low + a.first) for a in axes]
+    taps = oracle.selected_taps(np.moveaxis(image, 1, -1), cropped, with_padding=call["with_padding"])
+    return references.Multilinear(lambda x: layout.back(np.moveaxis(taps, -1, 1)))
 
 
 def average(call: Call, x: np.ndarray, finite: bool) -> Reference:
@@ -462,18 +493,19 @@ def fractional_maximum(call: Call, x: np.ndarray, samples: np.ndarray, finite: b
     planes = layout.planes(x)
     numbers = samples.reshape(*planes.shape[:2], rank)
     at = other.fractional(planes, call["window_shape"], call["output_size"], numbers)[1]
-    return references.Constant(taken_at(call, layout, planes.shape[2:], at), 1)
+    return references.Constant(taken_at(call, layout, planes.shape[2:], at))
 
 
 def taken_at(call: Call, layout: Layout, sizes: Sequence[int], at: np.ndarray) -> Reference:
     positions = layout.back(at)
     inner = references.chosen(positions, sizes, layout)
-    return WithIndices(inner, positions) if call["return_indices"] else inner
+    return references.WithIndices(inner, positions) if call["return_indices"] else inner
 
 
 def unpooled(call: Call, y: np.ndarray, indices: np.ndarray, finite: bool) -> Reference:
     """Where a position is named twice, the last entry stays."""
-    sizes, plane = call["output_shape"], call.get("indices_shape", call["output_shape"])
+    sizes: Sequence[int] = call["output_shape"]
+    plane: Sequence[int] = call.get("indices_shape", sizes)
     layout = layout_of(call, y, len(sizes))
     at = layout.planes(indices)
     inside = (at >= 0) & (at < math.prod(plane))
@@ -547,7 +579,11 @@ class ByTorch:
 
     def _options(self) -> Call:
         axes = self.plan.axes
-        return {"stride": [a.stride for a in axes], "dilation": [a.dilation for a in axes], "groups": self.plan.groups}
+        return {
+            "stride": [a.stride for a in axes],
+            "dilation": [a.dilation for a in axes],
+            "groups": self.plan.groups,
+        }
 
     def _padded(self, x: Any, pads: Sequence[tuple[int, int]]) -> Any:
         """Padded first, then cut: there may be nothing left in between."""
@@ -561,7 +597,8 @@ class ByTorch:
     def _ends(self) -> list[tuple[int, int]]:
         """What the windows have beyond both ends of the image."""
         return [
-            (a.low, (a.windows - 1) * a.stride + (a.taps - 1) * a.dilation + 1 - a.low - a.size) for a in self.plan.axes
+            (a.low, (a.windows - 1) * a.stride + (a.taps - 1) * a.dilation + 1 - a.low - a.size)
+            for a in self.plan.axes
         ]
 
     def forward(self, x: Any, kernel: Any) -> Any:
@@ -609,7 +646,9 @@ def biased(function: Callable[..., Any], last: bool, rank: int) -> Callable[...,
     return add
 
 
-def convolved(call: Call, x: np.ndarray, kernel: np.ndarray, *bias: np.ndarray, finite: bool, transposed: bool) -> Reference:
+def convolved(
+    call: Call, x: np.ndarray, kernel: np.ndarray, *bias: np.ndarray, finite: bool, transposed: bool
+) -> Reference:
     rank = kernel.ndim - 2
     plan = plan_of(call, spatial_sizes(call, x.shape, rank), kernel.shape[:rank], transposed=transposed)
     layout = layout_of(call, x, rank)
@@ -622,17 +661,23 @@ def convolved(call: Call, x: np.ndarray, kernel: np.ndarray, *bias: np.ndarray, 
         return references.Multilinear(
             loops.forward, lambda g, x, k: loops.data(g, k), lambda g, x, k: loops.weights(g, x)
         )
-    return references.Multilinear(loops.data, lambda g, x, k: loops.forward(g, k), lambda g, x, k: loops.weights(x, g))
+    return references.Multilinear(
+        loops.data, lambda g, x, k: loops.forward(g, k), lambda g, x, k: loops.weights(x, g)
+    )
 
 
 def data_gradient(call: Call, g: np.ndarray, kernel: np.ndarray, finite: bool) -> Reference:
     rank = kernel.ndim - 2
-    plan = plan_of(call, spatial_sizes(call, call["source_shape"], rank), kernel.shape[:rank], transposed=True)
+    plan = plan_of(
+        call, spatial_sizes(call, call["source_shape"], rank), kernel.shape[:rank], transposed=True
+    )
     layout = layout_of(call, g, rank)
     if finite:
         return references.Torch(ByTorch(plan, layout).data, multilinear=True)
     loops = ByLoops(plan, layout.batch)
-    return references.Multilinear(loops.data, lambda c, g, k: loops.forward(c, k), lambda c, g, k: loops.weights(g, c))
+    return references.Multilinear(
+        loops.data, lambda c, g, k: loops.forward(c, k), lambda c, g, k: loops.weights(g, c)
+    )
 
 
 def weights_gradient(call: Call, g: np.ndarray, x: np.ndarray, finite: bool) -> Reference:
@@ -643,7 +688,9 @@ def weights_gradient(call: Call, g: np.ndarray, x: np.ndarray, finite: bool) -> 
     if finite:
         return references.Torch(functools.partial(ByTorch(plan, layout).weights, shape), multilinear=True)
     loops = ByLoops(plan, layout.batch)
-    return references.Multilinear(loops.weights, lambda c, g, x: loops.forward(x, c), lambda c, g, x: loops.data(g, c))
+    return references.Multilinear(
+        loops.weights, lambda c, g, x: loops.forward(x, c), lambda c, g, x: loops.data(g, c)
+    )
 
 
 # --- the table ------------------------------------------------------------------------------------------
@@ -662,16 +709,23 @@ FAMILIES = {
         ("number", "number"),
         narrow=NARROW,
     ),
+    "selected_tap": Family(selection, selected_tap, selected, differentiable=False),
     "avg_pool": Family(functools.partial(pooling, divisor=True), jax_mps.avg_pool, average),
     "avg_pool_gradient": Family(average_gradient, jax_mps.avg_pool_gradient, spread),
     "l2_pool": Family(pooling, jax_mps.l2_pool, norm),
     "l2_pool_gradient": Family(
-        functools.partial(pooling, gradient=True), jax_mps.l2_pool_gradient, norm_gradient, ("number", "number")
+        functools.partial(pooling, gradient=True),
+        jax_mps.l2_pool_gradient,
+        norm_gradient,
+        ("number", "number"),
     ),
     "lp_pool": Family(functools.partial(pooling, order=True), jax_mps.lp_pool, norm),
     "adaptive_avg_pool": Family(adaptive, jax_mps.adaptive_avg_pool, adaptive_average),
     "adaptive_max_pool": Family(
-        functools.partial(adaptive, indices=True), jax_mps.adaptive_max_pool, adaptive_maximum, more=grid.INTEGERS
+        functools.partial(adaptive, indices=True),
+        jax_mps.adaptive_max_pool,
+        adaptive_maximum,
+        more=grid.INTEGERS,
     ),
     "fractional_max_pool": Family(
         fractional,
