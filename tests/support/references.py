@@ -15,6 +15,7 @@ gradient. `magnitude` says how large the terms of a result are: its rounding err
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -130,6 +131,26 @@ class WithIndices(Around):
     def of(self, name: str, x: Arrays, t: Arrays, g: Any, found: Callable[..., Any]) -> Any:
         result = found(x, t, g)
         return (result, self.indices) if name == "value" else result
+
+
+class ByParts(Around):
+    """Values and tangents of a multilinear function of complex numbers, by those of real numbers."""
+
+    def of(self, name: str, x: Arrays, t: Arrays, g: Any, found: Callable[..., Any]) -> Any:
+        if name == "value":
+            return self._product(x)
+        return sum(self._product([*x[:i], ti, *x[i + 1 :]]) for i, ti in enumerate(t))
+
+    def _product(self, x: Arrays) -> Any:
+        terms = []
+        for parts in itertools.product((0, 1), repeat=len(x)):
+            real = [a.imag if part else a.real for a, part in zip(x, parts, strict=True)]
+            terms.append(1j ** sum(parts) * self.inner.value(real, (), None))
+        return sum(terms)
+
+    def magnitude(self, name: str, x: Arrays, t: Arrays, g: Any) -> Any:
+        sizes, tangents = ([np.abs(a.real) + np.abs(a.imag) for a in arrays] for arrays in (x, t))
+        return self.inner.magnitude(name, sizes, tangents, g)
 
 
 class Layout:

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 import grid
 import haste  # noqa: F401
 import oracle
+import references
 from jax_mps.ops import operands as known
 from soak.families import FAMILIES
 from soak.record import Case
@@ -67,12 +68,22 @@ def cases(draw: Callable[[Any], Any], names: Sequence[str]) -> Case:
     name = draw(st.sampled_from(names))
     family = FAMILIES[name]
     shapes, call = family.draw(draw)
-    dtypes = (*["float32"] * 4, "float64", "float16", "bfloat16", *family.more, *family.narrow)
+    dtypes = (
+        *["float32"] * 4,
+        "float64",
+        "float16",
+        "bfloat16",
+        *family.more,
+        *family.narrow,
+        *family.complexes,
+    )
     dtype = draw(st.sampled_from(dtypes))
     case: Case = {"op": name, "dtype": dtype, "shapes": shapes, "call": call}
     case["values"] = draw(st.sampled_from(VALUES if dtype in grid.FLOATS else VALUES[:2]))
-    if case["values"] == "special" and name.startswith("conv"):
-        del shapes[2:]  # the oracle has no bias
+    if case["values"] == "special" or dtype in family.complexes:
+        del shapes[2:]  # a bias, which these references have not
+    if dtype in family.complexes:
+        call.pop("preferred_element_type", None)
     case["transformation"] = draw(st.sampled_from(transformations(name, dtype, case["values"])))
     if draw(st.booleans()):
         mapped = [draw(st.none() | st.integers(0, len(shape))) for shape in shapes]
@@ -85,6 +96,8 @@ def cases(draw: Callable[[Any], Any], names: Sequence[str]) -> Case:
 
 def transformations(name: str, dtype: str, values: str) -> Sequence[str]:
     """Those that have a result in the range of the type."""
+    if dtype in FAMILIES[name].complexes:
+        return TRANSFORMATIONS[:2]
     if dtype in FAMILIES[name].more or not FAMILIES[name].differentiable:
         return TRANSFORMATIONS[:1]
     if name in ("l2_pool", "lp_pool", "l2_pool_gradient") and values in ("special", "subnormal"):
@@ -110,6 +123,9 @@ def numbers(rng: np.random.Generator, shape: Sequence[int], kind: str, dtype: np
             ends,
             few if kind == "ties" else rng.integers(low, high, shape, dtype, endpoint=True),
         )
+    if dtype.kind == "c":
+        parts = (numbers(rng, shape, kind, np.dtype(np.float64)) for _ in range(2))
+        return (next(parts) + 1j * next(parts)).astype(dtype)
     x = rng.standard_normal(shape)
     if kind != "normal":
         x = np.where(rng.random(shape) < 0.3, x, np.round(2 * x) / 2)
@@ -224,7 +240,7 @@ def compute(case: Case, paths: Sequence[str | None]) -> tuple[dict[str | None, A
 
 
 def wide(x: np.ndarray) -> np.ndarray:
-    return x if x.dtype.kind in "biu" else x.astype(np.float64)
+    return x if x.dtype.kind in "biu" else x.astype(np.complex128 if x.dtype.kind == "c" else np.float64)
 
 
 def lanes(
@@ -265,9 +281,9 @@ def expected(case: Case, g: np.ndarray, names: Sequence[str], flushed: bool) -> 
     sizes: list[dict[str, Any]] = []
     for x, t, cotangent in lanes(case, g, flushed):
         reference = FAMILIES[case["op"]].reference(case["call"], *x, finite=finite)
-        rest = len(x) - len(t)
-        x = x[: len(x) - rest]
-        x = [wide(a) for a in x]
+        if case["dtype"] in FAMILIES[case["op"]].complexes:
+            reference = references.ByParts(reference)
+        x = [wide(a) for a in x[: len(t)]]
         found.append({name: getattr(reference, name)(x, t, cotangent) for name in names})
         sizes.append({name: reference.magnitude(name, x, t, cotangent) for name in names})
     return stacked(found, case), stacked(sizes, case)
@@ -338,6 +354,8 @@ def close(
     case: Case, path: str | None, name: str, actual: np.ndarray, right: np.ndarray, size: np.ndarray
 ) -> None:
     note = f"{name}, {path}"
+    if actual.dtype.kind == "c":
+        actual, right = (np.stack([a.real, a.imag]) for a in (actual, right))
     if actual.dtype.kind in "biu":
         np.testing.assert_array_equal(actual, right, err_msg=note)
         return

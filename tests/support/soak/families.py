@@ -49,6 +49,7 @@ class Family:
       more: dtypes beside floating point, of which there are values only.
       differentiable: whether it has derivatives.
       narrow: dtypes of 8 bits.
+      complexes: complex dtypes.
     """
 
     draw: Callable[[Draw], Drawn]
@@ -58,6 +59,7 @@ class Family:
     more: Sequence[str] = NOTHING
     differentiable: bool = True
     narrow: Sequence[str] = NOTHING
+    complexes: Sequence[str] = NOTHING
 
 
 # --- drawing ------------------------------------------------------------------------------------------
@@ -710,8 +712,12 @@ FAMILIES = {
         narrow=NARROW,
     ),
     "selected_tap": Family(selection, selected_tap, selected, differentiable=False),
-    "avg_pool": Family(functools.partial(pooling, divisor=True), jax_mps.avg_pool, average),
-    "avg_pool_gradient": Family(average_gradient, jax_mps.avg_pool_gradient, spread),
+    "avg_pool": Family(
+        functools.partial(pooling, divisor=True), jax_mps.avg_pool, average, complexes=operands.COMPLEX
+    ),
+    "avg_pool_gradient": Family(
+        average_gradient, jax_mps.avg_pool_gradient, spread, complexes=operands.COMPLEX
+    ),
     "l2_pool": Family(pooling, jax_mps.l2_pool, norm),
     "l2_pool_gradient": Family(
         functools.partial(pooling, gradient=True),
@@ -740,23 +746,27 @@ FAMILIES = {
         jax_mps.conv,
         functools.partial(convolved, transposed=False),
         ("number",) * 3,
+        complexes=operands.COMPLEX,
     ),
     "conv_transpose": Family(
         functools.partial(convolution, transposed=True),
         jax_mps.conv_transpose,
         functools.partial(convolved, transposed=True),
         ("number",) * 3,
+        complexes=operands.COMPLEX,
     ),
     "conv_transpose_gradient_data": Family(
         functools.partial(convolution, transposed=True, operands="gk"),
         jax_mps.conv_transpose_gradient_data,
         data_gradient,
         ("number",) * 2,
+        complexes=operands.COMPLEX,
     ),
     "conv_transpose_gradient_weights": Family(
         functools.partial(convolution, transposed=True, operands="gx"),
         jax_mps.conv_transpose_gradient_weights,
         weights_gradient,
         ("number",) * 2,
+        complexes=operands.COMPLEX,
     ),
 }
