@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("native")
 @pytest.mark.parametrize("number", range(3))
 def test_functions(number: int) -> None:
     pytest.importorskip("torch")
-    differential.step(0, number, differential.check, examples=8)
+    differential.step(0, number, differential.check, examples=6)
 
 
 def test_stock_operations() -> None:

@@ -78,7 +78,7 @@ def fractional_max_pool(
         *last* axis, with 3 that of the first axis, as in PyTorch. Starts are computed in its dtype, one of
         float32, float64, float16 or bfloat16. It may be traced.
       return_indices: also return where the maxima are.
-      data_format: "channels_last" or "channels_first".
+      data_format: "channels_last" or "channels_first"; "NHWC", "NCHW" and their like also check the axes.
       implementation: None chooses; "native" or "xla" forces a path.
 
     Returns:

@@ -84,13 +84,13 @@ class Image:
 
 def image(draw: Draw, ranks: Sequence[int] = (2, 1, 3)) -> Image:
     rank = draw(st.sampled_from(ranks))
-    batch = draw(st.sampled_from([[1], [2], [], [2, 1], [3], [0]]))
+    batch = draw(st.sampled_from([*[[1], [2], [], [2, 1], [3]] * 3, [0]]))
     data_format = draw(st.sampled_from(["channels_last", "channels_first", *LAYOUTS[rank]]))
     return Image(rank, batch, data_format, draw(st.sampled_from(["nothing", "channels", "pixels"])))
 
 
 def channels(draw: Draw, focus: str) -> int:
-    return draw(st.sampled_from(LENGTHS) if focus == "channels" else st.sampled_from([1, 2, 3, 5, 0]))
+    return draw(st.sampled_from(LENGTHS) if focus == "channels" else st.sampled_from([*[1, 2, 3, 5] * 4, 0]))
 
 
 def pixels(focus: str, rank: int, axis: int) -> st.SearchStrategy[int]:
