@@ -10,18 +10,10 @@ from collections.abc import Iterator
 import jax
 import pytest
 
+import haste  # noqa: F401
 import sampling
 import wide_types
 from jax_mps.lowering import library
-
-# Compiling takes most of the time of these tests, and optimising most of that. XLA reads this when it
-# compiles its first program. `.ci/versions` has everything optimised.
-FLAGS = os.environ.get("XLA_FLAGS", "")
-if "xla_backend_optimization_level" not in FLAGS:
-    HASTE = ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
-    if (0, 6, 2) <= jax.__version_info__ < (0, 11):  # XLA aborts at flags that it does not know
-        HASTE.append("--xla_cpu_use_fusion_emitters=false")  # half the time of most tests
-    os.environ["XLA_FLAGS"] = " ".join([FLAGS, *HASTE]).lstrip()
 
 pytest.register_assert_rewrite("oracle", "flax_arrays")
 

@@ -49,7 +49,7 @@ def adaptive_avg_pool(
       output_size: windows along each spatial axis, also more than pixels. An int applies to every spatial
         axis, and `x` has exactly one batch axis; otherwise the length of a tuple is the number of spatial
         axes. None in a tuple keeps the size of that axis.
-      data_format: "channels_last" or "channels_first".
+      data_format: "channels_last" or "channels_first"; "NHWC", "NCHW" and their like also check the axes.
       implementation: None chooses; "native" or "xla" forces a path.
 
     Returns:
@@ -126,7 +126,7 @@ def adaptive_max_pool(
         time; others may be symbolic.
       output_size: windows along each spatial axis, as for `adaptive_avg_pool`.
       return_indices: also return where the maxima are.
-      data_format: "channels_last" or "channels_first".
+      data_format: "channels_last" or "channels_first"; "NHWC", "NCHW" and their like also check the axes.
       implementation: None chooses; "native" or "xla" forces a path.
 
     Returns:

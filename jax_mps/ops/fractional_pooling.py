@@ -78,7 +78,7 @@ def fractional_max_pool(
         *last* axis, with 3 that of the first axis, as in PyTorch. Starts are computed in its dtype, one of
         float32, float64, float16 or bfloat16. It may be traced.
       return_indices: also return where the maxima are.
-      data_format: "channels_last" or "channels_first".
+      data_format: "channels_last" or "channels_first"; "NHWC", "NCHW" and their like also check the axes.
       implementation: None chooses; "native" or "xla" forces a path.
 
     Returns:
@@ -132,7 +132,7 @@ def fractional_max_pool(
     for i, (n, k, o) in enumerate(zip(sizes, taps, counts, strict=True)):
         sample = numbers[..., rank - 1 - i if rank == 2 else i]  # PyTorch's order
         first = _starts(sample, n, k, o)
-        if data_format == "channels_last":
+        if geometry.channels_last(data_format, rank):
             first = jnp.moveaxis(first, -1, -2)
         first = jnp.expand_dims(first, [start + j for j in range(rank) if j != i])
         within = tiling.along(np.tile(np.arange(k, dtype=np.int32), o), start + i, image.ndim)

@@ -74,7 +74,7 @@ def lp_pool(
       padding: "VALID", "SAME", an int, or a `(low, high)` pair for each spatial axis; negative crops.
       window_dilation: pixels from one tap to the next.
       ceil_mode: rounds the number of windows up as PyTorch does. Not with a string for `padding`.
-      data_format: "channels_last" or "channels_first".
+      data_format: "channels_last" or "channels_first"; "NHWC", "NCHW" and their like also check the axes.
       implementation: None chooses; "native" or "xla" forces a path.
 
     Returns:

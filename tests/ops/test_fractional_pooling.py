@@ -264,6 +264,20 @@ def test_paths(native):
         assert ("custom_call" in text) == expected
 
 
+@pytest.mark.parametrize(
+    ("case", "names"), [("line", ("NWC", "NCW")), ("plane", ("NHWC", "NCHW")), ("volume", ("NDHWC", "NCDHW"))]
+)
+def test_names_of_layouts(case, names):
+    """Starts differ between channels, so samples in the wrong order give other windows."""
+    x, samples, window, counts = arrays(case)
+    for name, data_format in zip(names, grid.FORMATS, strict=True):
+        expected, found = (
+            jax_mps.fractional_max_pool(other.last(x, data_format), window, counts, samples, data_format=f)
+            for f in (data_format, name)
+        )
+        oracle.assert_same(found, expected)
+
+
 def test_symbolic_batches():
     def f(x, samples):
         return jax_mps.fractional_max_pool(x, 2, 3, samples, return_indices=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import jax
@@ -10,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import oracle
 from jax_mps.geometry import Axis, Window
 from jax_mps.ops import max_pooling
 
@@ -19,24 +19,6 @@ WINDOWS = {
     "k3 s1 dilated": ((7, 6), (Axis(7, 3, 1, 2, 1, 5), Axis(6, 2, 1, 1, 1, 7))),
     "1-D k5": ((19,), (Axis(19, 5, 3, 1, 2, 7),)),
 }
-
-
-def selected(x: np.ndarray, axes: tuple[Axis, ...], *, with_padding: bool) -> np.ndarray:
-    """The tap indices of an array `(batch, *spatial, channels)`."""
-    out = np.full((x.shape[0], *(a.windows for a in axes), x.shape[-1]), -1)
-    for place in np.ndindex(out.shape):
-        n, *at, c = place
-        best, tap = (None, -1) if with_padding else (-np.inf, -1)
-        for number, taps in enumerate(itertools.product(*(range(a.taps) for a in axes))):
-            pixel = [a.stride * i - a.low + a.dilation * k for a, i, k in zip(axes, at, taps, strict=True)]
-            inside = all(0 <= p < a.size for p, a in zip(pixel, axes, strict=True))
-            if not inside and not with_padding:
-                continue
-            value, index = (x[(n, *pixel, c)], number) if inside else (-np.inf, -1)
-            if best is None or not best >= value:
-                best, tap = value, index
-        out[place] = tap
-    return out
 
 
 def check(name: str, dtype: Any, implementation: str, with_padding: bool) -> None:
@@ -54,7 +36,7 @@ def check(name: str, dtype: Any, implementation: str, with_padding: bool) -> Non
         x[rng.random(x.shape) < 0.2] = np.nan
         x[rng.random(x.shape) < 0.3] = -np.inf
         x[rng.random(x.shape) < 0.1] = np.inf
-        expected = selected(x, axes, with_padding=with_padding)
+        expected = oracle.selected_taps(x, axes, with_padding=with_padding)
         np.testing.assert_array_equal(found(np.asarray(x, jnp.dtype(dtype))), expected)
 
 

@@ -333,11 +333,53 @@ def test_l2_of_infinity_and_nan(implementation):
     np.testing.assert_allclose(y.ravel(), [inf, inf, nan, 2**0.5], rtol=1e-6)
 
 
-def test_l2_gradient_beyond_the_range_of_its_quotient(implementation):
-    """Gradient over norm overflows before the pixel makes it small again."""
-    x, g = row(3e-30, 4e-30), row(1e10)
-    dx = jax_mps.l2_pool_gradient(g, x, 2, strides=2, implementation=implementation)
-    np.testing.assert_allclose(dx.ravel(), [6e9, 8e9], rtol=1e-6)
+@pytest.mark.parametrize(
+    ("dtype", "size", "gradient"),
+    [
+        ("float32", 1e-30, 1e10),
+        ("float64", 1e-300, 1e10),
+        ("float64", 1e300, 1e-20),
+        ("float64", 1e300, 1e300),
+    ],
+)
+@pytest.mark.parametrize("strides", [1, 2])
+def test_l2_gradient_beyond_the_range_of_its_quotient(dtype, size, gradient, strides, implementation, x64):
+    """Gradient over norm leaves the range of the type before the pixel brings it back."""
+    x = row(3 * size, 4 * size, 3, 4, 0, 0, 3 * size, 4 * size, dtype=dtype)
+    g = row(*[gradient, 0, 1, 0, 1, 0, gradient][::strides], dtype=dtype)
+    dx = jax_mps.l2_pool_gradient(g, x, 2, strides=strides, implementation=implementation)
+    expected = [0.6 * gradient, 0.8 * gradient, 0.6, 0.8, 0, 0, 0.6 * gradient, 0.8 * gradient]
+    np.testing.assert_allclose(dx.ravel(), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("strides", [1, 2])
+def test_l2_gradient_of_subnormal_norms_in_float64(strides, native, x64):
+    x = np.repeat(row(3, 4, dtype=np.float64) * 2.0**-1070, 17, axis=2)
+    x = np.concatenate([x, np.ones_like(x)], axis=1)
+    g = np.ones((1, 3, 17))[:, ::strides]
+    dx = jax_mps.l2_pool_gradient(g, x, 2, strides=strides, implementation="native")
+    expected = oracle.l2_pool_gradient(g, x, (2,), strides=strides)
+    np.testing.assert_allclose(dx, expected, rtol=1e-15)
+
+
+@pytest.mark.parametrize("dtype", grid.FLOATS)
+@pytest.mark.parametrize("data_format", grid.FORMATS)
+@pytest.mark.parametrize("window", [(2, 2), (3, 1)], ids=str)
+def test_l2_gradient_of_pixels_that_no_window_reads(window, data_format, dtype, implementation, x64):
+    """It is 0, whatever they are, and finite at their neighbours."""
+    x = np.full((2, 9, 8, 17), 3.0)
+    call = {"strides": (4, 3), "padding": ((1, 0), (0, -1))}
+    g = np.ones_like(oracle.l2_pool(x, window, **call))
+    expected = oracle.l2_pool_gradient(g, x, window, **call)
+    rng = np.random.default_rng(0)
+    x = np.where(expected == 0, rng.choice([nan, inf, -inf], x.shape), x).astype(jnp.dtype(dtype))
+    if data_format == "channels_first":
+        x, expected = (np.moveaxis(a, -1, 1) for a in (x, expected))
+    pool = functools.partial(
+        jax_mps.l2_pool, window_shape=window, **call, data_format=data_format, implementation=implementation
+    )
+    y, pull_back = jax.vjp(pool, x)
+    oracle.assert_close(pull_back(jnp.ones_like(y))[0], expected, length=4)
 
 
 @pytest.mark.parametrize("channels", [3, 128])

@@ -37,6 +37,12 @@ class Line(NamedTuple):
     last: int
     band: tuple[int, int] = (0, 0)
     """Pixels around the image that the divisor of an average may count."""
+    expansion: int = 1
+    """In convolutions, pixels from one of the array to the next. Those between are never multiplied."""
+
+    @property
+    def pixels(self) -> int:
+        return (self.size - 1) // self.expansion + 1
 
     def tap(self, i: int, k: int) -> int:
         return self.stride * i - self.low + self.dilation * k
@@ -175,6 +181,24 @@ def max_of(x: np.ndarray, axes: Sequence[Line], edge: str) -> tuple[np.ndarray, 
     return y, position
 
 
+def selected_taps(x: np.ndarray, axes: Sequence[Any], *, with_padding: bool) -> np.ndarray:
+    """The taps that gradients of stock maxima select, of an array `(batch, *spatial, channels)`."""
+    out = np.full((x.shape[0], *(a.windows for a in axes), x.shape[-1]), -1)
+    for place in np.ndindex(out.shape):
+        n, *at, c = place
+        best, tap = (None, -1) if with_padding else (-np.inf, -1)
+        for number, taps in enumerate(itertools.product(*(range(a.taps) for a in axes))):
+            pixel = [a.stride * i - a.low + a.dilation * k for a, i, k in zip(axes, at, taps, strict=True)]
+            inside = all(0 <= p < a.size for p, a in zip(pixel, axes, strict=True))
+            if not inside and not with_padding:
+                continue
+            value, index = (x[(n, *pixel, c)], number) if inside else (-np.inf, -1)
+            if best is None or not best >= value:
+                best, tap = value, index
+        out[place] = tap
+    return out
+
+
 def max_gradient_of(g: np.ndarray, x: np.ndarray, axes: Sequence[Line], edge: str) -> np.ndarray:
     _, position = max_of(x, axes, edge)
     dx = np.zeros((math.prod(x.shape[:-1]), x.shape[-1]))
@@ -231,13 +255,13 @@ def products(axes: Sequence[Line]) -> Iterator[tuple[Pixel, Pixel, Pixel]]:
     for j in np.ndindex(*(a.windows for a in axes)):
         for k in itertools.product(*(range(a.taps) for a in axes)):
             i = tuple(a.tap(*at) for a, at in zip(axes, zip(j, k, strict=True), strict=True))
-            if all(0 <= t < a.size for t, a in zip(i, axes, strict=True)):
-                yield i, j, k
+            if all(0 <= t < a.size and t % a.expansion == 0 for t, a in zip(i, axes, strict=True)):
+                yield tuple(t // a.expansion for t, a in zip(i, axes, strict=True)), j, k
 
 
 def transposed_of(x: np.ndarray, kernel: np.ndarray, axes: Sequence[Line]) -> np.ndarray:
     groups, outputs = kernel.shape[len(axes) : len(axes) + 2]
-    y = np.zeros((*(a.size for a in axes), groups, outputs, x.shape[-1]))
+    y = np.zeros((*(a.pixels for a in axes), groups, outputs, x.shape[-1]))
     for i, j, k in products(axes):
         y[i] += kernel[k] @ x[j]
     return y

@@ -1,9 +1,13 @@
-"""Random stock operations: convolutions and windowed reductions with every kind of parameter, from a seed."""
+"""Random stock operations: convolutions and windowed reductions with every kind of parameter, from a seed.
+
+They are compared, accelerated and not. Stock convolutions are computed in float64: in float32 XLA's CPU
+compiler reads beside the array where padding is negative.
+"""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +15,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+import jax_mps
+
 Array = Any
+
+DTYPES = (*["float32"] * 4, "float64", "float16", "bfloat16")
+"""Types of operations, in turn."""
+
+ROUNDING = {"float64": 1e-12, "float32": 2e-5, "float16": 2e-2, "bfloat16": 1e-1}
+
+REFUSED_CONVOLUTIONS = ("no array can be the image", "0.85")
+"""Why some of them stay stock."""
+
+REFUSED_WINDOWS = ("no axis is windowed", "windows over 4 axes", "windows over 5 axes")
 
 
 class Case(NamedTuple):
@@ -121,10 +137,57 @@ def reduction(seed: int, kind: str, dtype: str = "float32", *, special: bool = F
             if kind != "sum":
                 x[rng.random(shape) < 0.15] = np.nan
         out = jax.eval_shape(function, jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)))
-        # Where one dilated window steps over all pixels of an axis, XLA's CPU compiler makes the gradient of
-        # the sum 1 instead of 0 (without `jit` it is 0).
-        steps_over = any(n == 1 < min(s, d) for n, s, d in zip(out.shape, strides, dilation, strict=True))
+        # Where one dilated window steps over all pixels of an axis, XLA's CPU compiler makes a gradient of
+        # the sum that is not 0 (without `jit` it is 0).
+        steps_over = any(n == 1 < d for n, d in zip(out.shape, dilation, strict=True))
         if 0 < out.size < 20000 and not steps_over:
             note = f"{kind} of {shape}: {dims}, strides {strides}, padding {padding}, dilation {dilation}"
             differentiable = kind == "sum" or all(d == 1 for d in dilation)
             return Case(function, (x.astype(jnp.dtype(dtype)),), note, differentiable)
+
+
+def derivatives(
+    f: Callable[..., Any], operands: Sequence[np.ndarray], seed: int, *, jit: bool = True
+) -> dict[str, Any]:
+    """What is compared, from one program."""
+    rng = np.random.default_rng(seed)
+    like = jax.eval_shape(f, *operands)
+    tangents = tuple(rng.standard_normal(x.shape).astype(x.dtype) for x in operands)
+    cotangent = rng.standard_normal(like.shape).astype(like.dtype)
+
+    def everything(operands: Any, tangents: Any, cotangent: Any) -> dict[str, Any]:
+        def gradient(*operands: Any) -> Any:
+            return jax.vjp(f, *operands)[1](cotangent)
+
+        value, tangent = jax.jvp(f, operands, tangents)
+        gradients, second = jax.jvp(gradient, operands, tangents)
+        return {"value": value, "tangent": tangent, "gradient": gradients, "second": second}
+
+    found = (jax.jit(everything) if jit else everything)(tuple(operands), tangents, cotangent)
+    return jax.tree.map(lambda x: np.asarray(x, np.float64), found)
+
+
+def compare(
+    case: Case, seed: int, reference: Any = np.float64, skip: Sequence[str] = (), *, jit: bool = True
+) -> tuple[Any, ...]:
+    """Stock and accelerated, compared; returns what was lowered."""
+    wanted = derivatives(case.function, [x.astype(reference) for x in case.operands], seed)
+    with jax_mps.accelerate() as handle:
+        found = derivatives(case.function, case.operands, seed, jit=jit)
+    rounding = ROUNDING[case.operands[0].dtype.name]
+    for name, expected in wanted.items():
+        if name in skip:
+            continue
+        for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(found[name]), strict=True):
+            size = np.abs(a[np.isfinite(a)]).max(initial=1e-3)
+            note = f"{name}: {case.note}"
+            np.testing.assert_allclose(b, a, rtol=rounding, atol=rounding * size, err_msg=note)
+    return handle.report().rows
+
+
+def compare_windows(case: Case, seed: int, kind: str, special: bool, *, jit: bool = True) -> tuple[Any, ...]:
+    """The same for a windowed reduction that is differentiable."""
+    # In which order XLA compares equal maxima for a tangent depends on the shape.
+    skip = ("tangent", "second") if special and kind != "sum" else ()
+    wide = kind == "sum" or case.operands[0].dtype == np.float64
+    return compare(case, seed, np.float64 if wide else np.float32, skip, jit=jit)

@@ -103,11 +103,27 @@ def l2_pool_gradient(
         """What the windows that are served contribute, their norms scaled by a power of two."""
         norm = lax.select(served, y * _power(y, scale), lax.full_like(y, 1))
         quotient = lax.select(served, g / norm, zero)
-        return image * sum_of_windows(quotient, window, start, platform) * _power(image, scale)
+        total, factor = sum_of_windows(quotient, window, start, platform), _power(image, scale)
+        # The factor goes where it brings a number closer to 1.
+        large = lax.gt(lax.max(total, -total), lax.full_like(total, 1))
+        first = large if scale < 0 else lax.bitwise_not(large)
+        return lax.select(first, image * (total * factor), image * total * factor)
 
     if x.dtype == np.float16:
         dx = term(lax.ne(y, zero), 0)
     else:
         tiny = lax.gt(_power(y, -scale), y)
         dx = term(lax.bitwise_not(tiny), -scale) + term(lax.bitwise_and(tiny, lax.ne(y, zero)), scale)
-    return lax.convert_element_type(dx, x.dtype)
+    return lax.convert_element_type(_clear_unread(dx, window, start), x.dtype)
+
+
+def _clear_unread(dx: Array, window: Window, start: int) -> Array:
+    """0 at pixels that no window reads, whatever they are: infinity times an empty sum is no number.
+
+    Of symbolic sizes it is not known which these are.
+    """
+    for dim, axis in enumerate(window.axes, start):
+        if axis.is_static() and not (read := axis.pixels_read("exclude")).all():
+            wanted = lax.broadcast_in_dim(read.astype(dx.dtype), dx.shape, (dim,))
+            dx = lax.select(lax.gt(wanted, lax.full_like(dx, 0)), dx, lax.full_like(dx, 0))
+    return dx

@@ -316,6 +316,29 @@ Bands::Bands(const Geometry& geometry, int64_t lanes, int64_t scratch_bytes)
 
 Bands::~Bands() { delete[] taps; }
 
+struct Unread::Storage {
+  std::vector<Range> ranges[3];
+};
+
+Unread::Unread(const Geometry& geometry) : storage_(new Storage) {
+  for (int a = 0; a < 3; ++a) {
+    const Line line(geometry.axis[a], true);
+    std::vector<Range>& found = storage_->ranges[a];
+    for (int64_t i = 0; i < line.targets(); ++i) {
+      if (line.At(i).count > 0) continue;
+      if (!found.empty() && found.back().end == i) {
+        ++found.back().end;
+      } else {
+        found.push_back({i, i + 1});
+      }
+    }
+    ranges[a] = found.data();
+    count[a] = static_cast<int64_t>(found.size());
+  }
+}
+
+Unread::~Unread() { delete storage_; }
+
 Tiles::Tiles(const Geometry& geometry) : outer(geometry.outer), inner(geometry.inner), possible(true) {
   for (int a = 0; a < 3; ++a) {
     axis[a] = geometry.axis[a];

@@ -170,6 +170,21 @@ struct Tiles {
   int64_t Counted(int64_t i, int64_t j, int64_t k) const;  // taps of a window that its average counts
 };
 
+// The pixels that no window holds, along each axis, as ranges of neighbours.
+struct Unread {
+  const Range* ranges[3];
+  int64_t count[3];
+
+  explicit Unread(const Geometry& geometry);
+  ~Unread();
+  Unread(const Unread&) = delete;
+
+ private:
+  struct Storage;
+
+  Storage* storage_;
+};
+
 // Joins a last axis that one window covers exactly with the axis before it: global pooling becomes one-dimensional.
 // Rows of one channel that windows tile without a rest become one row.
 void MergeCoveredAxes(Geometry& geometry);

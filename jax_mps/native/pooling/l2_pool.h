@@ -4,9 +4,11 @@
 #pragma once
 
 #include <cstdint>
+#include <new>
 #include <type_traits>
 
 #include "isa.h"
+#include "parallel_for.h"
 #include "pooling/geometry.h"
 #include "pooling/kernels.h"
 #include "pooling/tiles.h"
@@ -201,13 +203,18 @@ struct NormTangent {
 
 // ---- The gradient: x * sum of g / y over the windows that hold the pixel; windows with y = 0 add nothing.
 
-template <class T, class G, class W = double>
+// float64 has no wider type: where quotients may leave its range, the windows of tiny norms are added up apart from the
+// others, either with norms scaled by a power of two.
+enum class Windows { kAll, kOrdinary, kTiny };
+
+template <class T, class G, class W = double, Windows kWindows = Windows::kAll>
 struct NormGradient {
   using Element = T;
   using Wide = W;
   static constexpr int kLanes = kVectorBytes / sizeof(Wide), kVectors = 8;
   static constexpr bool kBackward = true, kSeparable = true, kAlike = false;
   static constexpr bool kRounds = !std::is_same_v<Wide, double>;
+  static constexpr double kTiny = 0x1p-256;
   template <int N>
   using State = Vec<Wide, N>;
 
@@ -222,8 +229,14 @@ struct NormGradient {
   }
   template <int N, class V>
   void Tap(Int<N>, V& sum, int64_t from, int64_t) const {
-    const V y = Load<Wide, N>(norm + from);
-    sum += y == 0 ? V{} : Load<Wide, N>(gradient + from) / y;
+    const V y = Load<Wide, N>(norm + from), g = Load<Wide, N>(gradient + from);
+    if constexpr (kWindows == Windows::kAll) {
+      sum += y == 0 ? V{} : g / y;
+    } else if constexpr (kWindows == Windows::kOrdinary) {
+      sum += y < kTiny ? V{} : g / (y * kTiny);
+    } else {
+      sum += (y < kTiny) & (y != 0) ? g / (y / kTiny) : V{};
+    }
   }
   template <class V>
   static void Merge(V& sum, V value) {
@@ -231,7 +244,15 @@ struct NormGradient {
   }
   template <int N, class V>
   void Finish(Int<N>, V sum, int64_t to) const {
-    Store<N>(target + to, Load<Wide, N>(source + to) * sum);
+    const V x = Load<Wide, N>(source + to);
+    // The factor goes where it brings a number closer to 1.
+    if constexpr (kWindows == Windows::kAll) {
+      Store<N>(target + to, x * sum);
+    } else if constexpr (kWindows == Windows::kOrdinary) {
+      Store<N>(target + to, (sum > 1) | (sum < -1) ? x * (sum * kTiny) : x * sum * kTiny);
+    } else {
+      Store<N>(target + to, (sum > 1) | (sum < -1) ? x * sum / kTiny : x * (sum / kTiny));
+    }
   }
   const NormGradient& At(int64_t) const { return *this; }
   template <int N>
@@ -273,6 +294,31 @@ struct NormGradient {
 template <class T, class G>
 constexpr bool kNarrows<NormGradient<T, G, double>> = kHalf<T>;
 
+// Pixels that no window holds get 0, whatever they are: infinity times an empty sum is no number.
+template <class T>
+bool ClearUnread(const Geometry& geometry, const Workers& workers, T* image) {
+  const Unread unread(geometry);
+  int64_t inside = geometry.inner, outside = geometry.outer;
+  for (const Axis& axis : geometry.axis) outside *= axis.size;
+  for (int a = 2; a >= 0; --a) {
+    const int64_t size = geometry.axis[a].size;
+    outside /= size;
+    const auto clear = [&](int64_t begin, int64_t end) {
+      for (int64_t o = begin; o < end; ++o) {
+        for (int64_t r = 0; r < unread.count[a]; ++r) {
+          const Range range = unread.ranges[a][r];
+          T* first = image + (o * size + range.begin) * inside;
+          for (int64_t i = 0; i < (range.end - range.begin) * inside; ++i) first[i] = T{};
+        }
+      }
+      return true;
+    };
+    if (unread.count[a] > 0 && !ParallelFor(workers, outside, size * inside * sizeof(T), clear)) return false;
+    inside *= size;
+  }
+  return true;
+}
+
 template <class T, class R>
 bool L2Pool(const Problem& problem) {
   using Op = std::conditional_t<std::is_same_v<T, double>, ScaledNorm, Norm<T, R>>;
@@ -287,13 +333,56 @@ bool L2PoolTangent(const Problem& problem) {
   return Walk(problem.geometry, *problem.workers, op);
 }
 
+// Whether all numbers are zero or from 2^-250 to 2^250: no quotient of two overflows, or loses digits. The bits are
+// compared, for subnormal numbers may count as 0 here: XLA's threads flush them outside of `ParallelFor`.
+inline bool AllOrdinary(const double* numbers, int64_t count) {
+  constexpr uint64_t kFirst = uint64_t{1023 - 250} << 52, kLast = uint64_t{1023 + 250} << 52;
+  bool ordinary = true;
+  for (int64_t i = 0; i < count; ++i) {
+    const uint64_t magnitude = Bits<uint64_t>(numbers[i]) & (~uint64_t{0} >> 1);
+    ordinary &= (magnitude - kFirst <= kLast - kFirst) | (magnitude == 0);
+  }
+  return ordinary;
+}
+
+template <class T, class G, Windows kWindows = Windows::kAll>
+bool AddQuotients(const Problem& problem, T* target) {
+  const NormGradient<T, G, double, kWindows> op = {static_cast<const G*>(problem.operand[0]),
+                                                   static_cast<const T*>(problem.operand[1]),
+                                                   static_cast<const Acc<T>*>(problem.operand[2]), target};
+  const Tiles tiles(problem.geometry);
+  return tiles.possible ? FillTiles(tiles, *problem.workers, op) : Walk(problem.geometry, *problem.workers, op);
+}
+
+// Of float64, where all quotients are safe.
+inline bool QuotientsStayInRange(const Problem& problem) {
+  int64_t windows = problem.geometry.outer * problem.geometry.inner;
+  for (const Axis& axis : problem.geometry.axis) windows *= axis.windows;
+  return AllOrdinary(static_cast<const double*>(problem.operand[0]), windows) &&
+         AllOrdinary(static_cast<const double*>(problem.operand[2]), windows);
+}
+
+// Adds what the windows of tiny norms hold. A vector may be stored twice, so it goes through an array of its own.
+inline bool AddTiny(const Problem& problem, double* target) {
+  int64_t pixels = problem.geometry.outer * problem.geometry.inner;
+  for (const Axis& axis : problem.geometry.axis) pixels *= axis.size;
+  double* tiny = new (std::nothrow) double[pixels];
+  const bool done = tiny != nullptr && AddQuotients<double, double, Windows::kTiny>(problem, tiny);
+  for (int64_t i = 0; done && i < pixels; ++i) target[i] += tiny[i];
+  delete[] tiny;
+  return done;
+}
+
 template <class T, class G>
 bool L2PoolGradient(const Problem& problem) {
-  const NormGradient<T, G> op = {static_cast<const G*>(problem.operand[0]), static_cast<const T*>(problem.operand[1]),
-                                 static_cast<const Acc<T>*>(problem.operand[2]), static_cast<T*>(problem.result[0])};
-  const Tiles tiles(problem.geometry);
-  if (tiles.possible) return FillTiles(tiles, *problem.workers, op);
-  return Walk(problem.geometry, *problem.workers, op);
+  T* target = static_cast<T*>(problem.result[0]);
+  bool done = true;
+  if (!std::is_same_v<T, double> || QuotientsStayInRange(problem)) {
+    done = AddQuotients<T, G>(problem, target);
+  } else if constexpr (std::is_same_v<T, double>) {
+    done = AddQuotients<T, G, Windows::kOrdinary>(problem, target) && AddTiny(problem, target);
+  }
+  return done && ClearUnread(problem.geometry, *problem.workers, target);
 }
 
 }  // namespace
