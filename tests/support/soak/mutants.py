@@ -1,7 +1,7 @@
 """Mutants: one operator, number or condition of the package is changed at a time, and tests have to notice.
 
-A mutant that survives is no failure: it may mean the same as the original. Its diff goes to the log of the part, and a
-person looks at it.
+A mutant that survives is no failure: it may mean the same as the original. Its diff goes to the log of the
+part, and a person looks at it.
 """
 
 from __future__ import annotations
