@@ -45,7 +45,7 @@ CONVOLUTION = (
     "ops/test_conv_transpose_transformations.py",
 )
 ROOMS = {
-    "geometry.py": ("test_geometry.py", *POOLING[:3], *CONVOLUTION[:2]),
+    "geometry.py": ("test_geometry.py", "lowering/test_export.py", *POOLING[:3], *CONVOLUTION[:2]),
     "ops/adaptive_pooling.py": ("ops/test_adaptive_pooling.py",),
     "ops/fractional_pooling.py": ("ops/test_fractional_pooling.py",),
     "ops/lp_pooling.py": ("ops/test_lp_pooling.py",),
