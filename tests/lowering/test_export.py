@@ -240,6 +240,16 @@ def test_symbolic_average_gradient_kernel():
     check_close(exported.call(*operands), f(*operands))
 
 
+def test_symbolic_gradient_kernels_of_images_that_may_be_too_small_for_a_window():
+    def f(x):
+        y = jax_mps.max_pool(x, 3, strides=1)
+        return jax_mps.max_pool_gradient(y, x, 3, strides=1)
+
+    x = oracle.normal((1, 6, 5, 2))
+    exported = export_it(f, jax.ShapeDtypeStruct(export.symbolic_shape("n, h, w, c"), np.float32))
+    oracle.assert_close(exported.call(x), f(x))
+
+
 def test_symbolic_unpooling():
     def f(x: Any) -> Any:
         y, at = jax_mps.max_pool(x, (2, 2), strides=2, return_indices=True)

@@ -159,3 +159,9 @@ def test_wrong_planes_of_indices(unpool):
             unpool(y, at, (4, 4), indices_shape=plane)
     with pytest.raises(TypeError, match="indices_shape must be a sequence of ints"):
         unpool(y, at, (4, 4), indices_shape=4)
+
+
+def test_planes_have_fewer_pixels_than_int32_has_numbers():
+    like = jax.ShapeDtypeStruct((1, 1, 1, 1), np.float32), jax.ShapeDtypeStruct((1, 1, 1, 1), np.int32)
+    with pytest.raises(ValueError, match="fewer than 2"):
+        jax.eval_shape(lambda y, at: jax_mps.max_unpool(y, at, (2**16, 2**15)), *like)

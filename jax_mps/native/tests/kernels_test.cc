@@ -350,6 +350,14 @@ void TestSharing() {
   }
 }
 
+// Where a task has no memory, the caller hears of it.
+void TestFailure() {
+  ++problems;
+  const auto fail_once = [](const void*, int64_t begin, int64_t end) { return begin > 500 || end <= 500; };
+  Threads threads;
+  if (ShareWork(threads.workers, 1000, 1 << 20, fail_once, nullptr)) std::printf("failure of a task\n"), ++failures;
+}
+
 // ---- Pooling.
 
 // body(element of the image, element of the pooled array, tap) for all taps of all windows that lie in the image, in
@@ -869,6 +877,7 @@ int main(int count, char** arguments) {
     }
   }
   TestSharing();
+  TestFailure();
   std::printf("%s: %d problems, %d differences\n", instruction_set.c_str(), problems, failures);
   return failures == 0 && problems > 0 ? 0 : 1;
 }

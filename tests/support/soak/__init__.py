@@ -4,7 +4,8 @@ Every module named in `PARTS` is a part and has:
 
 * `step(seed, number, check)`, which calls `check` with the cases of step `number`, seconds to a minute of
   them. The same numbers give the same cases.
-* `check(case)`, which raises where something is wrong. A case is what JSON can hold.
+* `check(case)`, which raises where something is wrong. A case is what JSON can hold. What it may return are
+  counts by name, whose sums are in the report.
 """
 
 PARTS = {

@@ -20,6 +20,8 @@ class Record:
     cases: int = 0
     seconds: float = 0
     failures: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    counts: dict[str, int] = dataclasses.field(default_factory=dict)
+    """What a part counts beside cases, by name."""
     running: Case = None
     """The case that has begun and has not ended."""
 

@@ -29,11 +29,13 @@ def work(part: str, path: Path, seed: int, seconds: float) -> None:
         record.write(path)
         faulthandler.dump_traceback_later(LONGEST, exit=True)
         try:
-            module.check(case)
+            counts = module.check(case) or {}
         except Exception:
             failing = case  # the last one that Hypothesis tries is the smallest
             raise
         record.cases += 1
+        for name, count in counts.items():
+            record.counts[name] = record.counts.get(name, 0) + count
 
     while time.monotonic() - began < seconds:
         try:
