@@ -115,7 +115,8 @@ def line(part: str, record: Record) -> str:
     """One line of result."""
     total = sum(record.counts.values())
     counts = "".join(f", {n:,} {name} ({n / total:.1%})" for name, n in record.counts.items())
-    return f"{part:14}{record.cases:9,} cases {record.seconds:8,.0f} s {len(record.failures):4} failed{counts}"
+    done = f"{record.cases:9,} cases {record.seconds:8,.0f} s {len(record.failures):4} failed"
+    return f"{part:14}{done}{counts}"
 
 
 def record_of(folder: Path, part: str) -> Path:

@@ -5,7 +5,6 @@ Hypothesis draws them, so that what fails shrinks. The numbers of a case come fr
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +23,7 @@ import references
 from jax_mps.ops import operands as known
 from soak.families import FAMILIES
 from soak.record import Case
+from wide_types import enable_x64
 
 Array = Any
 
@@ -301,7 +301,7 @@ def stacked(results: list[dict[str, Any]], case: Case) -> Any:
 def check(case: Case) -> None:
     """Compares both paths with the reference."""
     with (
-        wide_types(),
+        enable_x64(),
         jax.numpy_dtype_promotion("strict"),
         jax.numpy_rank_promotion("raise"),
         np.errstate(all="ignore"),
@@ -316,14 +316,6 @@ def check(case: Case) -> None:
                 nothing(results)
             else:
                 compare(case, path, results, reference)
-
-
-def wide_types() -> contextlib.AbstractContextManager[Any]:
-    if hasattr(jax, "enable_x64"):
-        return jax.enable_x64(True)
-    from jax.experimental import enable_x64  # type: ignore[attr-defined]  # older versions of JAX
-
-    return enable_x64(True)
 
 
 def nothing(results: dict[str, Any]) -> None:

@@ -11,8 +11,8 @@ import numpy as np
 
 import haste  # noqa: F401
 import stock_random
-from soak.differential import wide_types
 from soak.record import Case
+from wide_types import enable_x64
 
 OPERATIONS = 20
 """Cases of a step."""
@@ -40,7 +40,7 @@ def step(seed: int, number: int, check: Callable[[Case], None], operations: int 
 def check(case: Case) -> None:
     """Compares an operation of a seed with itself when it is accelerated."""
     kind, seed = case["kind"], case["seed"]
-    with wide_types(), jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+    with enable_x64(), jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
         if kind == "convolution":
             drawn = mapped(stock_random.convolution(seed, case["dtype"]), case)
             rows = stock_random.compare(drawn, seed, jit=case["jit"])
