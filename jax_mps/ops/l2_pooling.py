@@ -245,9 +245,14 @@ def _l2_jvp(
 
 def _per_norm(a: Array, dy: Array, y: Array) -> Array:
     """`-a * dy / y`, which the derivative in `y` brings; 0 where `y` is 0."""
+    return lax.convert_element_type(_wide_per_norm(a, dy, y), a.dtype)
+
+
+def _wide_per_norm(a: Array, dy: Array, y: Array) -> Array:
+    """The same in the type of `y`: half precision may not hold it, though it holds what comes of it."""
     nowhere = y == 0
     factor = lax.select(nowhere, lax.full_like(y, 0), -dy / lax.select(nowhere, lax.full_like(y, 1), y))
-    return lax.convert_element_type(lax.convert_element_type(a, y.dtype) * factor, a.dtype)
+    return lax.convert_element_type(a, y.dtype) * factor
 
 
 ad.primitive_jvps[l2_pool_p] = _l2_jvp
@@ -265,7 +270,7 @@ primitive.define_multilinear(
         0: lambda ct, g, x, y, **params: _tangent(ct, x, y, out_dtype=g.aval.dtype, **params),
         1: lambda ct, g, x, y, **params: _gradient(g, ct, y, **params),
     },
-    others={2: lambda dy, out, g, x, y, **params: _gradient(_per_norm(g, dy, y), x, y, **params)},
+    others={2: lambda dy, out, g, x, y, **params: _gradient(_wide_per_norm(g, dy, y), x, y, **params)},
 )
 
 # --- Taylor series ------------------------------------------------------------------------------------

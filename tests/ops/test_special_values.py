@@ -352,6 +352,16 @@ def test_l2_gradient_beyond_the_range_of_its_quotient(dtype, size, gradient, str
     np.testing.assert_allclose(dx.ravel(), expected, rtol=1e-6)
 
 
+def test_l2_second_derivatives_beyond_the_range_of_a_factor(implementation):
+    """A gradient over a norm that float16 cannot hold, though it holds what comes of it."""
+    x, g, t = (row(*a, dtype=np.float16) for a in ((1e-2, 1e-5), (100,), (16, 0)))
+    gradient = functools.partial(
+        jax_mps.l2_pool_gradient, window_shape=2, strides=2, implementation=implementation
+    )
+    _, second = jax.jvp(lambda x: gradient(g, x), (x,), (t,))
+    np.testing.assert_allclose(second[0, 1, 0], -160, rtol=1e-2)
+
+
 @pytest.mark.parametrize("strides", [1, 2])
 def test_l2_gradient_of_subnormal_norms_in_float64(strides, native, x64):
     x = np.repeat(row(3, 4, dtype=np.float64) * 2.0**-1070, 17, axis=2)

@@ -368,6 +368,9 @@ def close(
     allowed = rounding * np.abs(size) + limit
     same = (actual.astype(np.float64) == right) | (np.isnan(actual.astype(np.float64)) & np.isnan(right))
     wrong = ~(same | (error <= allowed))
+    if name != "value":
+        # Parts of a derivative are rounded apart, and may each be beyond the range of the type.
+        wrong &= np.isfinite(actual.astype(np.float64)) | ~(np.abs(size) > float(jnp.finfo(dtype).max))
     if multiplies_zeros(case, path):
         wrong &= ~np.isnan(actual.astype(np.float64))
     if np.any(wrong):
