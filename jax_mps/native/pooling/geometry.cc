@@ -320,10 +320,11 @@ struct Unread::Storage {
   std::vector<Range> ranges[3];
 };
 
-Unread::Unread(const Geometry& geometry) : storage_(new Storage) {
+Unread::Unread(const Geometry& geometry) {
+  auto storage = std::make_unique<Storage>();
   for (int a = 0; a < 3; ++a) {
     const Line line(geometry.axis[a], true);
-    std::vector<Range>& found = storage_->ranges[a];
+    std::vector<Range>& found = storage->ranges[a];
     for (int64_t i = 0; i < line.targets(); ++i) {
       if (line.At(i).count > 0) continue;
       if (!found.empty() && found.back().end == i) {
@@ -335,6 +336,7 @@ Unread::Unread(const Geometry& geometry) : storage_(new Storage) {
     ranges[a] = found.data();
     count[a] = static_cast<int64_t>(found.size());
   }
+  storage_ = storage.release();
 }
 
 Unread::~Unread() { delete storage_; }
