@@ -151,7 +151,9 @@ def _absolute(x: Array) -> Array:
 def _norm(tiles: Array, p: float, window: Window, start: int, implementation: str | None) -> Array:
     size = lax.abs(tiles)
     largest = max_pooling.pool(size, window, start, implementation=implementation)
-    scale = jnp.where((largest == 0) | (largest == jnp.inf), lax.full_like(largest, 1), largest)
+    # Of subnormal numbers, which XLA may flush, quotients can be 0 / 0.
+    tiny = lax.full_like(largest, float(jnp.finfo(largest.dtype).tiny))
+    scale = jnp.where(largest == jnp.inf, lax.full_like(largest, 1), lax.max(largest, tiny))
     powers = _power(size / _spread(scale, window, start), p)
     return scale * _power(_sum(powers, window, start, implementation), 1 / p)
 

@@ -336,3 +336,13 @@ def test_other_bad_arguments(p):
         jax_mps.lp_pool(x.astype(np.int32), 2, p=p, strides=2)
     with pytest.raises(ValueError, match="implementation must be None, 'native' or 'xla', got 'gpu'"):
         jax_mps.lp_pool(x, 2, p=p, strides=2, implementation="gpu")
+
+
+@pytest.mark.parametrize("p", [1, 1.5, 2, 3, math.inf])
+def test_subnormal_numbers_are_no_nan(p, implementation):
+    """XLA flushes them at some places and not at others."""
+    x = np.full((1, 4, 1), 1.5e-39, np.float32)
+    pool = functools.partial(jax_mps.lp_pool, window_shape=2, p=p, strides=2, implementation=implementation)
+    y, dx = jax.jit(lambda x: (pool(x), jax.grad(lambda x: pool(x).sum())(x)))(x)
+    assert np.all((y >= 0) & (y <= 3.1e-39)), y
+    assert np.all(np.isfinite(dx)), dx

@@ -175,6 +175,26 @@ def test_nan_and_infinities_anywhere(name, dtype, implementation, x64):
     oracle.assert_same(dx, oracle.max_pool_gradient(g, x, case.window_shape, **case.geometry))
 
 
+@pytest.mark.parametrize("data_format", grid.FORMATS)
+@pytest.mark.parametrize("name", ["values", "indices", "adaptive", "fractional"])
+def test_nan_propagates_in_larger_images(name, data_format, implementation):
+    """XLA's CPU code reduces those in another way than small ones, which loses NaN."""
+    x = np.random.default_rng(0).normal(size=(4, 64, 64, 8)).astype(np.float32)
+    x[np.random.default_rng(1).random(x.shape) < 0.05] = nan
+    expected = x.reshape(4, 32, 2, 32, 2, 8).max((2, 4))
+    samples = jnp.zeros((4, 8, 2))
+    call = {"data_format": data_format, "implementation": implementation}
+    pool = {
+        "values": lambda x: jax_mps.max_pool(x, 2, strides=2, **call),
+        "indices": lambda x: jax_mps.max_pool(x, 2, strides=2, return_indices=True, **call)[0],
+        "adaptive": lambda x: jax_mps.adaptive_max_pool(x, (32, 32), **call),
+        "fractional": lambda x: jax_mps.fractional_max_pool(x, 2, (32, 32), samples, **call),
+    }[name]
+    if data_format == "channels_first":
+        x, expected = np.moveaxis(x, -1, 1), np.moveaxis(expected, -1, 1)
+    np.testing.assert_array_equal(jax.jit(pool)(x), expected)
+
+
 @pytest.mark.parametrize("dtype", grid.FLOATS)
 def test_padding_never_wins_against_minus_infinity(dtype, implementation, x64):
     x = row(-inf, -inf, -inf, -inf, dtype=jnp.dtype(dtype))

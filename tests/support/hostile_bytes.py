@@ -298,7 +298,8 @@ def read(data: bytes, name: str) -> Outcome:
         again = restored.to_bytes()
         assert _header(again)["__metadata__"] == _header(data)["__metadata__"], "another document"
         assert _plain(tensors(again)) == _plain(tensors(data)), "other tensors"
-        assert mps.from_bytes(again, **own_weights(name)) == restored, "another kernel"
+        # Kernels of weights that are NaN equal no other.
+        assert mps.from_bytes(again, **own_weights(name)).to_bytes() == again, "another kernel"
     return Outcome(restored is None, allocated)
 
 

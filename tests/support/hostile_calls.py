@@ -342,7 +342,8 @@ def _attribute(dtype: str, value: Any) -> Any:
     numbers = np.array(value, object)
     if dtype in ("int32", "uint64", "int64"):  # what does not fit wraps around
         bits = np.iinfo(dtype).bits
-        wrapped = np.array([n % 2**bits for n in numbers.ravel().tolist()], np.uint64).reshape(numbers.shape)
+        most = min(bits, 63) if dtype == "uint64" else bits  # JAX cannot write larger ones
+        wrapped = np.array([n % 2**most for n in numbers.ravel().tolist()], np.uint64).reshape(numbers.shape)
         numbers = (
             wrapped.astype(f"uint{bits}").view(dtype)
             if numbers.ndim

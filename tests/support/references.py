@@ -243,12 +243,13 @@ class Norm(Reference):
             else scale * ((np.abs(taps) / scale) ** self.p).sum(1, keepdims=True) ** (1 / self.p)
         )
         y = np.where((largest == 0) | np.isinf(largest), largest, y)
-        return y, taps / np.where(y == 0, 1, y)
+        return y, taps if self.p in (1, math.inf) else taps / np.where(y == 0, 1, y)
 
     def _weights(self, r: np.ndarray) -> np.ndarray:
-        if self.p == math.inf:
+        if self.p in (1, math.inf):  # as in PyTorch, 0 at NaN
             first = np.abs(r).argmax(1)[:, None]
-            return np.sign(r) * (np.arange(r.shape[1])[None, :, None] == first)
+            chosen = self.p == 1 or np.arange(r.shape[1])[None, :, None] == first
+            return np.nan_to_num(np.sign(r)) * chosen
         return np.sign(r) * np.abs(r) ** (self.p - 1)
 
     def value(self, x: Arrays, t: Arrays, g: Any) -> Any:

@@ -27,7 +27,7 @@ ROUNDING = {"float64": 1e-12, "float32": 2e-5, "float16": 2e-2, "bfloat16": 1e-1
 REFUSED_CONVOLUTIONS = ("no array can be the image", "0.85")
 """Why some of them stay stock."""
 
-REFUSED_WINDOWS = ("no axis is windowed", "windows over 4 axes", "windows over 5 axes")
+REFUSED_WINDOWS = ("no axis is windowed", "windows over 4 axes", "windows over 5 axes", "windows over 6 axes")
 
 
 class Case(NamedTuple):
@@ -74,6 +74,10 @@ def convolution(seed: int, dtype: str = "float32") -> Case:
         channels = {"N": batch * batches, "C": per_group * features, "I": per_group, "O": outputs * groups}
         image = channels | dict(zip(letters, draw(1, 10, rank), strict=True))
         kernel = channels | dict(zip(letters, draw(1, 6, rank), strict=True))
+        # In groups, XLA's CPU backend ends the process over axes like these, too.
+        axes = zip(letters, lhs_dilation, padding, strict=True)
+        if groups > 1 and any(1 < e >= kernel[axis] and pads == (0, 0) for axis, e, pads in axes):
+            continue
         call: dict[str, Any] = {
             "window_strides": strides,
             "padding": padding,

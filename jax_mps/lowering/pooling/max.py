@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from jax import lax
@@ -20,7 +21,8 @@ def max_pool(x: Array, *, window: Window, start: int, platform: Platform) -> Arr
     fill = (lowest(x.dtype),)
     if platform == "cuda" and _at_once_on_cuda(x, window):
         return in_one_pass((x,), window, start, _greater, fill)[0]
-    return fold_window((x,), window, start, _greater, fill, reduce=reduce_max, idempotent=True)[0]
+    reduce = functools.partial(reduce_max, platform=platform)
+    return fold_window((x,), window, start, _greater, fill, reduce=reduce, idempotent=True)[0]
 
 
 def _greater(a: State, b: State, _: int) -> State:

@@ -35,7 +35,7 @@ def _argmax(x: Array, window: Window, start: int, platform: Platform) -> State:
     if platform == "cuda" and window.taps <= AT_ONCE:
         value, tap_index = _argmax_in_one_pass(x, window, start)
     elif all(map(disjoint, window.axes)):
-        value, tap_index = _argmax_of_blocks(x, window, start)
+        value, tap_index = _argmax_of_blocks(x, window, start, platform)
     else:  # two arrays a tap
         chain = CHAIN // 2 if platform == "apple" else CHAIN
         value, tap_index = _argmax_by_axis(x, window, start, chain)
@@ -49,17 +49,17 @@ def _argmax_in_one_pass(x: Array, window: Window, start: int) -> State:
     return in_one_pass(state, window, start, _first_greater(1), (lowest(x.dtype), 0))
 
 
-def _argmax_of_blocks(x: Array, window: Window, start: int) -> State:
+def _argmax_of_blocks(x: Array, window: Window, start: int, platform: Platform) -> State:
     """For windows that do not touch: the smallest index of a tap that equals the maximum."""
     blocks, dims = all_blocks(x, window, start, lowest(x.dtype))
-    value = reduce_max(blocks, dims)
+    value = reduce_max(blocks, dims, platform)
     maximum = over_blocks(value, blocks, dims)
     hit = lax.eq(blocks, maximum)
     if has_nan(x):  # a maximum that is NaN was brought by a NaN
         hit = lax.bitwise_or(hit, lax.ne(blocks, blocks))
     # Counted from the last tap, the first one has the largest number.
     numbers = lax.broadcast_in_dim(window.taps - tap_indices(window), blocks.shape, dims)
-    first = reduce_max(lax.select(hit, numbers, full(numbers, 0)), dims)
+    first = reduce_max(lax.select(hit, numbers, full(numbers, 0)), dims, platform)
     return value, full(first, window.taps) - first
 
 

@@ -129,7 +129,7 @@ class _Table:
             self._in_table(indices, self._without(start + 1)),
             self._in_table(counting(pixels, "apple"), (start + 1,)),
         )
-        last = reduce_max(lax.select(hit, number, full(number, -1)), (start,))
+        last = reduce_max(lax.select(hit, number, full(number, -1)), (start,), "apple")
         # An entry that is the last to name a pixel names it.
         self.won = lax.eq(number, self._in_table(last, self._without(start)))
 
@@ -140,8 +140,8 @@ class _Table:
         """
         table = self._in_table(values, self._without(2 * self.at + 1 - along))
         others = full(table, lowest(values.dtype))
-        value = reduce_max(lax.select(self.won, table, others), (along,))
-        chosen = reduce_max(lax.convert_element_type(self.won, np.int32), (along,))
+        value = reduce_max(lax.select(self.won, table, others), (along,), "apple")
+        chosen = reduce_max(lax.convert_element_type(self.won, np.int32), (along,), "apple")
         return lax.select(lax.gt(chosen, full(chosen, 0)), value, lax.full_like(value, 0))
 
     def _without(self, axis: int) -> list[int]:

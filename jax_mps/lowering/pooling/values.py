@@ -32,8 +32,15 @@ def has_nan(x: Array) -> bool:
     return bool(jnp.issubdtype(x.dtype, jnp.floating))
 
 
-def reduce_max(x: Array, dims: Sequence[int]) -> Array:
-    return lax.reduce(x, np.array(lowest(x.dtype), x.dtype), lax.max, dims)
+def reduce_max(x: Array, dims: Sequence[int], platform: Platform) -> Array:
+    # Of larger arrays, XLA's CPU code (JAX 0.10 to 0.12) loses NaN in a reduction by `maximum`.
+    loses_nan = has_nan(x) and platform not in ("cuda", "apple")
+    greater = _greater_or_nan if loses_nan else lax.max
+    return lax.reduce(x, np.array(lowest(x.dtype), x.dtype), greater, dims)
+
+
+def _greater_or_nan(a: Array, b: Array) -> Array:
+    return lax.select(lax.bitwise_or(lax.ge(a, b), lax.ne(a, a)), a, b)
 
 
 def reduce_sum(x: Array, dims: Sequence[int]) -> Array:

@@ -575,9 +575,9 @@ class ByTorch:
     def _kernel(self, kernel: Any) -> Any:
         """As PyTorch's transposed convolution has it, `(in, out / groups, *window)`."""
         if self.plan.transpose_kernel:
-            return kernel.movedim((-1, -2), (0, 1))
+            return kernel.movedim((-1, -2), (0, 1)).contiguous()
         kernel = kernel.flip(tuple(range(self.plan.rank))).unflatten(-1, (self.plan.groups, -1))
-        return kernel.movedim((-2, -3, -1), (0, 1, 2)).flatten(0, 1)
+        return kernel.movedim((-2, -3, -1), (0, 1, 2)).flatten(0, 1).contiguous()
 
     def _options(self) -> Call:
         axes = self.plan.axes
