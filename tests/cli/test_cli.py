@@ -170,6 +170,7 @@ def test_info_lists_plugins_and_survives_one_that_does_not_start(monkeypatch, ca
 # --- bench --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 def test_bench_checks_times_and_writes_json(tmp_path):
     path = tmp_path / "bench.json"
     selection = ["--shapes", "global", "--rounds", "3", "--seconds", "0.01"]

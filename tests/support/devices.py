@@ -41,7 +41,7 @@ needs_partitioning = pytest.mark.skipif(
     [
         "TestShardMap",
         "TestAutomaticSharding",
-        pytest.param("TestExplicitSharding", marks=needs_explicit_sharding),
+        pytest.param("TestExplicitSharding", marks=[needs_explicit_sharding, pytest.mark.full]),
     ],
 )
 def test_on_four_devices(request: pytest.FixtureRequest, group: str) -> None:

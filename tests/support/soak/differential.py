@@ -339,7 +339,8 @@ def keeps_subnormals(case: Case, path: str | None) -> bool:
     """XLA's CPU code may flush them to 0, and in some functions it is part of both paths."""
     call = case["call"]
     around = case["op"] == "adaptive_avg_pool" or call.get("p", 2) != 2 or "preferred_element_type" in call
-    return path == "native" and not around
+    copied = None in case.get("mapped", ())  # by XLA, for every lane
+    return path == "native" and not around and not copied
 
 
 def close(
