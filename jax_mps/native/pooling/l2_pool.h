@@ -333,16 +333,17 @@ bool L2PoolTangent(const Problem& problem) {
   return Walk(problem.geometry, *problem.workers, op);
 }
 
-// Whether all numbers are zero or from 2^-250 to 2^250: no quotient of two overflows, or loses digits. The bits are
-// compared, for subnormal numbers may count as 0 here: XLA's threads flush them outside of `ParallelFor`.
-inline bool AllOrdinary(const double* numbers, int64_t count) {
+// Whether all numbers are zero or from 2^-250 to 2^250: no quotient of two overflows, or loses digits.
+inline bool AllOrdinary(const Workers& workers, const double* numbers, int64_t count) {
   constexpr uint64_t kFirst = uint64_t{1023 - 250} << 52, kLast = uint64_t{1023 + 250} << 52;
-  bool ordinary = true;
-  for (int64_t i = 0; i < count; ++i) {
-    const uint64_t magnitude = Bits<uint64_t>(numbers[i]) & (~uint64_t{0} >> 1);
-    ordinary &= (magnitude - kFirst <= kLast - kFirst) | (magnitude == 0);
-  }
-  return ordinary;
+  return ParallelFor(workers, count, sizeof(double), [&](int64_t begin, int64_t end) {
+    bool ordinary = true;
+    for (int64_t i = begin; i < end; ++i) {
+      const uint64_t magnitude = Bits<uint64_t>(numbers[i]) & (~uint64_t{0} >> 1);
+      ordinary &= (magnitude - kFirst <= kLast - kFirst) | (magnitude == 0);
+    }
+    return ordinary;
+  });
 }
 
 template <class T, class G, Windows kWindows = Windows::kAll>
@@ -358,8 +359,8 @@ bool AddQuotients(const Problem& problem, T* target) {
 inline bool QuotientsStayInRange(const Problem& problem) {
   int64_t windows = problem.geometry.outer * problem.geometry.inner;
   for (const Axis& axis : problem.geometry.axis) windows *= axis.windows;
-  return AllOrdinary(static_cast<const double*>(problem.operand[0]), windows) &&
-         AllOrdinary(static_cast<const double*>(problem.operand[2]), windows);
+  return AllOrdinary(*problem.workers, static_cast<const double*>(problem.operand[0]), windows) &&
+         AllOrdinary(*problem.workers, static_cast<const double*>(problem.operand[2]), windows);
 }
 
 // Adds what the windows of tiny norms hold. A vector may be stored twice, so it goes through an array of its own.
