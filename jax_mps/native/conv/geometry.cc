@@ -169,7 +169,7 @@ GatherPlan::GatherPlan(const ConvProblem& problem, int64_t pixels, bool compact,
     boxes[a] = CeilDiv(targets[a], box[a]);
     pixels /= box[a];
   }
-  storage.release();
+  static_cast<void>(storage.release());  // now it is `storage_`
 }
 
 GatherPlan::~GatherPlan() { delete storage_; }
