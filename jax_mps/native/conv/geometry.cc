@@ -169,7 +169,7 @@ GatherPlan::GatherPlan(const ConvProblem& problem, int64_t pixels, bool compact,
     boxes[a] = CeilDiv(targets[a], box[a]);
     pixels /= box[a];
   }
-  static_cast<void>(storage.release());  // now it is `storage_`
+  storage_ = storage.release();
 }
 
 GatherPlan::~GatherPlan() { delete storage_; }

@@ -125,7 +125,7 @@ Plan::Plan(const Geometry& geometry, const Wishes& wishes) : outer(geometry.oute
     for (int64_t i = 0; i < line[a].targets(); ++i) storage_->reach[a].push_back(line[a].At(i));
     reach[a] = storage_->reach[a].data();
   }
-  static_cast<void>(storage.release());  // now it is `storage_`
+  storage_ = storage.release();
 }
 
 // Which passes a row takes on its way from the sources to the targets.
