@@ -17,6 +17,8 @@ from jax_mps.lowering import library
 
 pytest.register_assert_rewrite("oracle", "flax_arrays")
 
+collect_ignore = ["support"]  # no tests, and some of it imports what the tests do not need
+
 # Programs that tests start run on what was installed, whatever folder they start in.
 os.environ["PYTHONSAFEPATH"] = "1"
 
