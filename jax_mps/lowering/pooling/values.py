@@ -33,7 +33,7 @@ def has_nan(x: Array) -> bool:
 
 
 def reduce_max(x: Array, dims: Sequence[int], platform: Platform) -> Array:
-    # Of larger arrays, XLA's CPU code (JAX 0.10 to 0.12) loses NaN in a reduction by `maximum`.
+    # Of larger arrays, XLA's CPU code (seen in JAX 0.10 and 0.11) loses NaN in a reduction by `maximum`.
     loses_nan = has_nan(x) and platform not in ("cuda", "apple")
     greater = _greater_or_nan if loses_nan else lax.max
     return lax.reduce(x, np.array(lowest(x.dtype), x.dtype), greater, dims)
