@@ -357,6 +357,11 @@ def test_l2_of_infinity_and_nan(implementation):
     ("dtype", "size", "gradient"),
     [
         ("float32", 1e-30, 1e10),
+        ("float32", 1, 1e38),
+        ("float32", 1e-3, 1e30),
+        ("float32", 1e30, 1e-30),
+        ("float32", 1e-30, 1e-30),
+        ("float64", 1, 1e300),
         ("float64", 1e-300, 1e10),
         ("float64", 1e300, 1e-20),
         ("float64", 1e300, 1e300),

@@ -28,9 +28,6 @@ _CLASSES = {
     np.dtype(np.float64): ((-400, 620), (460, -600)),
 }
 
-_NORM_SCALE = {np.dtype(np.float32): 32, np.dtype(np.float64): 256}
-"""Exponent of the scale of norms: below its inverse they are scaled up, else down."""
-
 
 @few_axes_on_apple
 def l2_pool(x: Array, *, window: Window, start: int, out_dtype: Any, platform: Platform) -> Array:
@@ -66,6 +63,10 @@ def _classes(x: Array) -> tuple[State, tuple[int, ...]]:
     return parts, (0, up, down)
 
 
+def _above_1(a: Array) -> Array:
+    return lax.gt(lax.max(a, -a), lax.full_like(a, 1))
+
+
 def _power(like: Array, exponent: int) -> Array:
     return lax.full_like(like, 2.0**exponent)
 
@@ -97,25 +98,33 @@ def l2_pool_gradient(
     g: Array, x: Array, y: Array, *, window: Window, start: int, platform: Platform
 ) -> Array:
     g, image = (lax.convert_element_type(a, y.dtype) for a in (g, x))
-    zero, scale = lax.full_like(y, 0), _NORM_SCALE[np.dtype(y.dtype)]
+    one, zero = lax.full_like(y, 1), lax.full_like(y, 0)
 
-    def term(served: Array, scale: int) -> Array:
-        """What the windows that are served contribute, their norms scaled by a power of two."""
-        norm = lax.select(served, y * _power(y, scale), lax.full_like(y, 1))
-        quotient = lax.select(served, g / norm, zero)
-        total, factor = sum_of_windows(quotient, window, start, platform), _power(image, scale)
-        if platform == "apple":  # Metal lets few arrays feed one kernel
-            return image * total * factor
-        # The factor goes where it brings a number closer to 1.
-        large = lax.gt(lax.max(total, -total), lax.full_like(total, 1))
-        first = large if scale < 0 else lax.bitwise_not(large)
-        return lax.select(first, image * (total * factor), image * total * factor)
+    def total(g: Array, norm: Array, served: Array) -> Array:
+        """The sum of the quotients of the windows that are served."""
+        norm = lax.select(served, norm, one)
+        return sum_of_windows(lax.select(served, g / norm, zero), window, start, platform)
 
-    if x.dtype == np.float16:
-        dx = term(lax.ne(y, zero), 0)
+    somewhere = lax.ne(y, zero)
+    if x.dtype == np.float16 or platform == "apple":  # Metal lets few arrays feed one kernel
+        dx = image * total(g, y, somewhere)
     else:
-        tiny = lax.gt(_power(y, -scale), y)
-        dx = term(lax.bitwise_not(tiny), -scale) + term(lax.bitwise_and(tiny, lax.ne(y, zero)), scale)
+        # Quotients above 1 are brought down, the others up, by the operand that has room.
+        size, exponent = lax.max(g, -g), np.finfo(y.dtype).maxexp - 2
+        up, down = _power(y, exponent), _power(y, -exponent)
+        above = lax.gt(size, y)
+        below = lax.bitwise_not(above)
+        first = lax.gt(lax.select(above, size, y), one)  # whether there is room in the larger one
+        high = total(
+            lax.select(first, g * down, g), lax.select(first, y, y * up), lax.bitwise_and(somewhere, above)
+        )
+        low = total(
+            lax.select(first, g, g * up), lax.select(first, y * down, y), lax.bitwise_and(somewhere, below)
+        )
+        # So is the factor: it goes where it brings a number closer to 1.
+        up, down = _power(image, exponent), _power(image, -exponent)
+        dx = lax.select(_above_1(high), image * up * high, image * (high * up))
+        dx += lax.select(_above_1(low), image * (low * down), image * low * down)
     if platform != "apple":  # there masks would be too many arrays for one kernel
         dx = _clear_unread(dx, window, start)
     return lax.convert_element_type(dx, x.dtype)

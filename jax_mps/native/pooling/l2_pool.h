@@ -4,7 +4,6 @@
 #pragma once
 
 #include <cstdint>
-#include <new>
 #include <type_traits>
 
 #include "isa.h"
@@ -203,18 +202,13 @@ struct NormTangent {
 
 // ---- The gradient: x * sum of g / y over the windows that hold the pixel; windows with y = 0 add nothing.
 
-// float64 has no wider type: where quotients may leave its range, the windows of tiny norms are added up apart from the
-// others, either with norms scaled by a power of two.
-enum class Windows { kAll, kOrdinary, kTiny };
-
-template <class T, class G, class W = double, Windows kWindows = Windows::kAll>
+template <class T, class G, class W = double>
 struct NormGradient {
   using Element = T;
   using Wide = W;
   static constexpr int kLanes = kVectorBytes / sizeof(Wide), kVectors = 8;
   static constexpr bool kBackward = true, kSeparable = true, kAlike = false;
   static constexpr bool kRounds = !std::is_same_v<Wide, double>;
-  static constexpr double kTiny = 0x1p-256;
   template <int N>
   using State = Vec<Wide, N>;
 
@@ -229,14 +223,8 @@ struct NormGradient {
   }
   template <int N, class V>
   void Tap(Int<N>, V& sum, int64_t from, int64_t) const {
-    const V y = Load<Wide, N>(norm + from), g = Load<Wide, N>(gradient + from);
-    if constexpr (kWindows == Windows::kAll) {
-      sum += y == 0 ? V{} : g / y;
-    } else if constexpr (kWindows == Windows::kOrdinary) {
-      sum += y < kTiny ? V{} : g / (y * kTiny);
-    } else {
-      sum += (y < kTiny) & (y != 0) ? g / (y / kTiny) : V{};
-    }
+    const V y = Load<Wide, N>(norm + from);
+    sum += y == 0 ? V{} : Load<Wide, N>(gradient + from) / y;
   }
   template <class V>
   static void Merge(V& sum, V value) {
@@ -244,15 +232,7 @@ struct NormGradient {
   }
   template <int N, class V>
   void Finish(Int<N>, V sum, int64_t to) const {
-    const V x = Load<Wide, N>(source + to);
-    // The factor goes where it brings a number closer to 1.
-    if constexpr (kWindows == Windows::kAll) {
-      Store<N>(target + to, x * sum);
-    } else if constexpr (kWindows == Windows::kOrdinary) {
-      Store<N>(target + to, (sum > 1) | (sum < -1) ? x * (sum * kTiny) : x * sum * kTiny);
-    } else {
-      Store<N>(target + to, (sum > 1) | (sum < -1) ? x * sum / kTiny : x * (sum / kTiny));
-    }
+    Store<N>(target + to, Load<Wide, N>(source + to) * sum);
   }
   const NormGradient& At(int64_t) const { return *this; }
   template <int N>
@@ -294,6 +274,41 @@ struct NormGradient {
 template <class T, class G>
 constexpr bool kNarrows<NormGradient<T, G, double>> = kHalf<T>;
 
+// float64 has no wider type, and g / y may leave its range where x * g / y does not: x / y, which is at most 1, comes first.
+struct RatioGradient {
+  using Element = double;
+  using Wide = double;
+  static constexpr int kLanes = kVectorBytes / sizeof(Wide), kVectors = 4;
+  static constexpr bool kBackward = true, kSeparable = false;
+  template <int N>
+  struct State {
+    Vec<double, N> pixel, sum;
+  };
+
+  const double* gradient;
+  const double* source;
+  const double* norm;
+  double* target;
+
+  template <int N>
+  State<N> Begin(Int<N>, int64_t to, int64_t) const {
+    return {LoadRaw<double, N>(source + to), Vec<double, N>{}};
+  }
+  template <int N>
+  void Tap(Int<N>, State<N>& state, int64_t from, int64_t) const {
+    const auto y = LoadRaw<double, N>(norm + from);
+    state.sum += y == 0 ? Vec<double, N>{} : state.pixel / y * LoadRaw<double, N>(gradient + from);
+  }
+  template <int N>
+  void Finish(Int<N>, const State<N>& state, int64_t to) const {
+    StoreRaw<N>(target + to, state.sum);
+  }
+  const RatioGradient& At(int64_t) const { return *this; }
+};
+
+template <>
+constexpr bool kKeepsPlaces<RatioGradient> = true;
+
 // Pixels that no window holds get 0, whatever they are: infinity times an empty sum is no number.
 template <class T>
 bool ClearUnread(const Geometry& geometry, const Workers& workers, T* image) {
@@ -333,57 +348,20 @@ bool L2PoolTangent(const Problem& problem) {
   return Walk(problem.geometry, *problem.workers, op);
 }
 
-// Whether all numbers are zero or from 2^-250 to 2^250: no quotient of two overflows, or loses digits.
-inline bool AllOrdinary(const Workers& workers, const double* numbers, int64_t count) {
-  constexpr uint64_t kFirst = uint64_t{1023 - 250} << 52, kLast = uint64_t{1023 + 250} << 52;
-  return ParallelFor(workers, count, sizeof(double), [&](int64_t begin, int64_t end) {
-    bool ordinary = true;
-    for (int64_t i = begin; i < end; ++i) {
-      const uint64_t magnitude = Bits<uint64_t>(numbers[i]) & (~uint64_t{0} >> 1);
-      ordinary &= (magnitude - kFirst <= kLast - kFirst) | (magnitude == 0);
-    }
-    return ordinary;
-  });
-}
-
-template <class T, class G, Windows kWindows = Windows::kAll>
-bool AddQuotients(const Problem& problem, T* target) {
-  const NormGradient<T, G, double, kWindows> op = {static_cast<const G*>(problem.operand[0]),
-                                                   static_cast<const T*>(problem.operand[1]),
-                                                   static_cast<const Acc<T>*>(problem.operand[2]), target};
-  const Tiles tiles(problem.geometry);
-  return tiles.possible ? FillTiles(tiles, *problem.workers, op) : Walk(problem.geometry, *problem.workers, op);
-}
-
-// Of float64, where all quotients are safe.
-inline bool QuotientsStayInRange(const Problem& problem) {
-  int64_t windows = problem.geometry.outer * problem.geometry.inner;
-  for (const Axis& axis : problem.geometry.axis) windows *= axis.windows;
-  return AllOrdinary(*problem.workers, static_cast<const double*>(problem.operand[0]), windows) &&
-         AllOrdinary(*problem.workers, static_cast<const double*>(problem.operand[2]), windows);
-}
-
-// Adds what the windows of tiny norms hold. A vector may be stored twice, so it goes through an array of its own.
-inline bool AddTiny(const Problem& problem, double* target) {
-  int64_t pixels = problem.geometry.outer * problem.geometry.inner;
-  for (const Axis& axis : problem.geometry.axis) pixels *= axis.size;
-  double* tiny = new (std::nothrow) double[pixels];
-  const bool done = tiny != nullptr && AddQuotients<double, double, Windows::kTiny>(problem, tiny);
-  for (int64_t i = 0; done && i < pixels; ++i) target[i] += tiny[i];
-  delete[] tiny;
-  return done;
-}
-
 template <class T, class G>
 bool L2PoolGradient(const Problem& problem) {
-  T* target = static_cast<T*>(problem.result[0]);
-  bool done = true;
-  if (!std::is_same_v<T, double> || QuotientsStayInRange(problem)) {
-    done = AddQuotients<T, G>(problem, target);
-  } else if constexpr (std::is_same_v<T, double>) {
-    done = AddQuotients<T, G, Windows::kOrdinary>(problem, target) && AddTiny(problem, target);
-  }
-  return done && ClearUnread(problem.geometry, *problem.workers, target);
+  using Op = std::conditional_t<std::is_same_v<T, double>, RatioGradient, NormGradient<T, G>>;
+  T* const target = static_cast<T*>(problem.result[0]);
+  const Op op = {static_cast<const G*>(problem.operand[0]), static_cast<const T*>(problem.operand[1]),
+                 static_cast<const Acc<T>*>(problem.operand[2]), target};
+  const Tiles tiles(problem.geometry);
+  const auto fill = [&] {
+    if constexpr (!std::is_same_v<T, double>) {
+      if (tiles.possible) return FillTiles(tiles, *problem.workers, op);
+    }
+    return Walk(problem.geometry, *problem.workers, op);
+  };
+  return fill() && ClearUnread(problem.geometry, *problem.workers, target);
 }
 
 }  // namespace

@@ -4,7 +4,7 @@
 //   Element, Wide             type of the sources; type of the sums or keys a row of scratch holds
 //   kLanes, kVectors          lanes of a full vector; how many vectors' states fit into the registers (16, 8 or 4)
 //   kBackward, kSeparable     direction; whether rows may be reduced before columns
-//   State<N>                  N targets in registers (Vec<Wide, N> if backward or separable)
+//   State<N>                  N targets in registers (Vec<Wide, N> if backward or separable, unless kKeepsPlaces<Op>)
 //   Begin(lanes, target, tap) the state before the first tap
 //   Tap(lanes, state, source, tap)    one more tap
 //   Merge(state, vector)      the same from reduced rows (if separable)
@@ -104,6 +104,10 @@ constexpr bool kNarrows = false;
 
 template <class Op>
 constexpr int kPlanes = 1;
+
+// Whether a backward operation begins with what lies at the target, which phases in scratch would not tell.
+template <class Op>
+constexpr bool kKeepsPlaces = false;
 
 template <class Op>
 constexpr bool Rounds() {
@@ -395,7 +399,7 @@ inline void FinishSums(const Op op, const typename Op::Wide* sums, int64_t targe
 template <class Op>
 inline void Columns(const Plan& plan, const Piece& piece, const Op& op, const Reads& rows, int64_t source,
                     typename Op::Wide* scratch) {
-  if constexpr (Op::kBackward) {
+  if constexpr (Op::kBackward && !kKeepsPlaces<Op>) {
     if (plan.phased) {
       typename Op::Wide* row = scratch + PhaseElements(plan);
       Runs(plan, piece, ToScratch<Op>(op, scratch), rows, source, 0, plan.block);
@@ -524,7 +528,8 @@ size_t ScratchBytes(const Plan& plan) {
 template <class Op>
 bool Walk(const Geometry& geometry, const Workers& workers, const Op& op) {
   constexpr int kScratch = kPlanes<Op>;
-  const Plan plan(geometry, {Op::kBackward, Op::kSeparable, Op::kSeparable && kScratch == 1, kVector<Op>,
+  const int lanes = kKeepsPlaces<Op> ? 1 : kVector<Op>;  // a vector of one has no phases
+  const Plan plan(geometry, {Op::kBackward, Op::kSeparable, Op::kSeparable && kScratch == 1, lanes,
                              kScratch * sizeof(typename Op::Wide), kScratch});
   const size_t scratch_bytes = ScratchBytes<Op>(plan);
   const auto body = [&](int64_t begin, int64_t end) {
