@@ -116,6 +116,7 @@ def test_independent_calls_in_one_program_do_not_wait_for_each_other(threads):
         ("scan", "8", "1"),
         ("callback", "1", "1"),
         ("sharded", "4", "2"),
+        ("traced", "1", "2"),
     ],
 )
 @pytest.mark.full

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import functools
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +23,7 @@ WINDOW: dict[str, Any] = {"window_shape": 3, "strides": 1, "padding": 1, "implem
 POOLS: tuple[Callable[..., Any], ...] = (jax_mps.max_pool, jax_mps.avg_pool, jax_mps.l2_pool)
 # Large enough for several threads to share a call.
 SHAPE = (8, 24, 24, 8)
+NHWC = ("NHWC", "HWIO", "NHWC")
 
 
 def link(number: int, x: Any) -> Any:
@@ -66,8 +69,44 @@ FORMS: dict[str, Callable[[int, Any], Any]] = {
 }
 
 
+def energy(fun: Callable[[Any], Any], x: Any) -> Any:
+    """Something to derive."""
+    return (fun(x) ** 2).sum()
+
+
+def traced(rounds: int, seed: int) -> None:
+    """All threads trace and compile at once, while some switch stock operations: as one thread alone."""
+    draws = np.random.default_rng(seed).standard_normal((2, 30, 30, 8), np.float32)
+    kernel = draws[:, :3, :12].reshape(3, 3, 8, 8)
+    start = threading.Barrier(THREADS)
+
+    def results(number: int, together: bool = True) -> list[np.ndarray]:
+        # Functions are made anew, and every thread has its own shapes: nothing is in a cache.
+        x = draws[:, number:]
+        functions = [
+            *(functools.partial(pool, **WINDOW) for pool in POOLS),
+            lambda x: jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=NHWC),
+        ]
+        if together:
+            start.wait()
+        with jax_mps.accelerate() if number % 2 else contextlib.nullcontext():
+            return [np.asarray(jax.jit(jax.grad(functools.partial(energy, fun)))(x)) for fun in functions]
+
+    alone = [results(number, together=False) for number in range(THREADS)]
+    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+        for _ in range(rounds):
+            for found, expected in zip(pool.map(results, range(THREADS)), alone, strict=True):
+                for y, z in zip(found[:-1], expected[:-1], strict=True):
+                    np.testing.assert_array_equal(y, z)
+                # Stock or ours: which one depends on the other threads.
+                np.testing.assert_allclose(found[-1], expected[-1], rtol=1e-4, atol=1e-2)
+
+
 def run(form: str, rounds: int, seed: int) -> None:
     """All threads run all chains again and again, each on one of the devices, and get the same bits."""
+    if form == "traced":
+        traced(rounds // 10 + 1, seed)
+        return
     devices = jax.devices()
     draws = np.random.default_rng(seed).standard_normal((THREADS, *SHAPE), np.float32)
     places: list[Any] = [devices[i % len(devices)] for i in range(THREADS)]

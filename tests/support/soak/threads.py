@@ -12,7 +12,7 @@ from processes import finish, start
 PATIENCE = 400
 """Seconds after which a child prints the stacks of its threads and ends."""
 
-FORMS = ("plain", "vmap", "scan", "callback", "sharded")
+FORMS = ("plain", "vmap", "scan", "callback", "sharded", "traced")
 WAYS = ("forked_before_use", "forked_after_use", "spawned")
 
 
