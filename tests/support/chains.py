@@ -77,13 +77,13 @@ def energy(fun: Callable[[Any], Any], x: Any) -> Any:
 def traced(rounds: int, seed: int) -> None:
     """All threads trace and compile at once, while some switch stock operations: as one thread alone."""
     draws = np.random.default_rng(seed).standard_normal((2, 30, 30, 8), np.float32)
-    kernel = draws[:, :3, :12].reshape(3, 3, 8, 8)
+    kernel = jnp.asarray(draws[:, :3, :12].reshape(3, 3, 8, 8))
     start = threading.Barrier(THREADS)
 
     def results(number: int, together: bool = True) -> list[np.ndarray]:
         # Functions are made anew, and every thread has its own shapes: nothing is in a cache.
         x = draws[:, number:]
-        functions = [
+        functions: list[Callable[[Any], Any]] = [
             *(functools.partial(pool, **WINDOW) for pool in POOLS),
             lambda x: jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=NHWC),
         ]

@@ -19,14 +19,12 @@ from memory import resident, size
 
 NATIVE: dict[str, Any] = {"implementation": "native"}
 SAMPLES = 20
-GROWTH = 1.002
-"""Of resident memory between the warm-up and the end. A leak of 100 bytes a step is found in 10,000 steps."""
 
 
-def check_flat(sizes: list[int]) -> None:
+def check_flat(sizes: list[int], growth: float) -> None:
     """Fails where memory grows after two fifths of the time, but for what an allocator keeps for a while."""
     fifth = SAMPLES // 5
-    assert min(sizes[-fifth:]) <= GROWTH * max(sizes[: 2 * fifth]), [n >> 10 for n in sizes]
+    assert min(sizes[-fifth:]) <= growth * max(sizes[: 2 * fifth]), [n >> 10 for n in sizes]
 
 
 # --- many steps ---------------------------------------------------------------------------------------
@@ -63,7 +61,7 @@ def train(steps: int, seed: int) -> None:
         if (i + 1) % (steps // SAMPLES) == 0:
             jax.block_until_ready(kernels)
             sizes.append(resident())
-    check_flat(sizes)
+    check_flat(sizes, 1.002)  # a leak of 10 bytes a step is found in 100,000 steps
     assert all(bool(jnp.isfinite(k).all()) for k in kernels)
 
 
@@ -105,7 +103,7 @@ def trace_many(count: int, seed: int) -> None:
             jax.clear_caches()
             gc.collect()
             sizes.append(resident())
-    check_flat(sizes)
+    check_flat(sizes, 1.01)  # a leak of 600 bytes a shape is found in 10,000 shapes
 
 
 # --- no memory ----------------------------------------------------------------------------------------

@@ -63,6 +63,12 @@ def _classes(x: Array) -> tuple[State, tuple[int, ...]]:
     return parts, (0, up, down)
 
 
+def _exponent_of_quotients(dtype: Any) -> int:
+    """Of their scale: as large as leaves the digits of sums that cancel in the range of normal numbers."""
+    info = np.finfo(dtype)
+    return int(info.maxexp - info.nmant) - 7
+
+
 def _above_1(a: Array) -> Array:
     return lax.gt(lax.max(a, -a), lax.full_like(a, 1))
 
@@ -109,8 +115,9 @@ def l2_pool_gradient(
     if x.dtype == np.float16 or platform == "apple":  # Metal lets few arrays feed one kernel
         dx = image * total(g, y, somewhere)
     else:
-        # Quotients above 1 are brought down, the others up, by the operand that has room.
-        size, exponent = lax.max(g, -g), np.finfo(y.dtype).maxexp - 2
+        # Quotients above 1 are brought down, the others up, by the operand that has room. What is left of sums that
+        # cancel must not be subnormal.
+        size, exponent = lax.max(g, -g), _exponent_of_quotients(y.dtype)
         up, down = _power(y, exponent), _power(y, -exponent)
         above = lax.gt(size, y)
         below = lax.bitwise_not(above)
@@ -121,7 +128,7 @@ def l2_pool_gradient(
         low = total(
             lax.select(first, g, g * up), lax.select(first, y * down, y), lax.bitwise_and(somewhere, below)
         )
-        # So is the factor: it goes where it brings a number closer to 1.
+        # The factor goes where it brings a number closer to 1.
         up, down = _power(image, exponent), _power(image, -exponent)
         dx = lax.select(_above_1(high), image * up * high, image * (high * up))
         dx += lax.select(_above_1(low), image * (low * down), image * low * down)

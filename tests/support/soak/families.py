@@ -427,7 +427,11 @@ def selected(call: Call, x: np.ndarray, finite: bool) -> Reference:
 
 def average(call: Call, x: np.ndarray, finite: bool) -> Reference:
     taken = torch_takes(call, x, dilation=False) if finite else None
-    rank = len(spatial(call, x)[1])
+    _, sizes, window = spatial(call, x)
+    rank = len(sizes)
+    # PyTorch refuses windows in three dimensions that are larger than the image without its edges.
+    if rank == 3 and any(k > size for k, size in zip(window, sizes, strict=True)):
+        taken = None
     if taken is not None and (rank > 1 or call["divisor_override"] is None):
         taken["count_include_pad"] = call["count_include_pad"]
         if rank > 1:
@@ -567,7 +571,7 @@ class ByLoops:
 
 
 class ByTorch:
-    """The three functions by PyTorch, of tensors."""
+    """The functions by PyTorch, of tensors."""
 
     def __init__(self, plan: Plan, layout: Layout) -> None:
         self.plan, self.layout = plan, layout
@@ -622,12 +626,6 @@ class ByTorch:
         # Those behind the last pixel are cut off again.
         ends = [(low, high - e + 1) for (low, high), e in zip(self._ends(), expansion, strict=True)]
         return self.layout.back(function(self._padded(g, ends), self._kernel(kernel), **self._options()))
-
-    def weights(self, kernel_shape: Sequence[int], g: Any, x: Any) -> Any:
-        import torch
-
-        zeros = torch.zeros(tuple(kernel_shape), dtype=torch.float64)
-        return torch.func.vjp(lambda kernel: self.data(g, kernel), zeros)[1](x)[0]
 
 
 def plan_of(call: Call, lengths: Sequence[int], window: Sequence[int], *, transposed: bool) -> Plan:
@@ -687,8 +685,7 @@ def weights_gradient(call: Call, g: np.ndarray, x: np.ndarray, finite: bool) -> 
     rank = len(shape) - 2
     plan = plan_of(call, spatial_sizes(call, x.shape, rank), shape[:rank], transposed=True)
     layout = layout_of(call, x, rank)
-    if finite:
-        return references.Torch(functools.partial(ByTorch(plan, layout).weights, shape), multilinear=True)
+    # PyTorch refuses the derivatives of some ("grad_weight must be contiguous").
     loops = ByLoops(plan, layout.batch)
     return references.Multilinear(
         loops.weights, lambda c, g, x: loops.forward(x, c), lambda c, g, x: loops.data(g, c)

@@ -128,9 +128,10 @@ def check(case: Case) -> dict[str, int]:
         copy = Path(folder, "jax_mps")
         shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("native", "__pycache__"))
         (copy / file).write_text(mutant)
-        if not passes(folder, tests):
+        if failure(folder, tests):
             (copy / file).write_text(original)
-            assert passes(folder, tests, "--last-failed"), "what fails does so without a mutant"
+            without = failure(folder, tests, "--last-failed")
+            assert not without, f"what fails does so without a mutant: {without[-1500:]}"
             return {"killed": 1}
     lines = (original.splitlines(), mutant.splitlines())
     print(
@@ -142,8 +143,8 @@ def check(case: Case) -> dict[str, int]:
     return {"survived": 1}
 
 
-def passes(folder: str, tests: tuple[str, ...], *options: str) -> bool:
-    """Whether tests pass on the package in a folder."""
+def failure(folder: str, tests: tuple[str, ...], *options: str) -> str:
+    """How tests fail on the package in a folder; empty if they pass."""
     path = os.pathsep.join(filter(None, (folder, os.environ.get("PYTHONPATH"))))
     options += ("-x", "-q", "-n", "0", "-o", f"cache_dir={folder}/cache", "--tb=line")
     try:
@@ -158,10 +159,10 @@ def passes(folder: str, tests: tuple[str, ...], *options: str) -> bool:
             check=False,
         )
     except subprocess.TimeoutExpired:
-        return False
+        return "time is over"
     # 1: a test fails; 2 and 4: a test or conftest.py cannot be imported. What a signal ends is killed too.
     assert done.returncode in (0, 1, 2, 4) or done.returncode < 0, done.stdout
-    return done.returncode == 0
+    return done.stdout if done.returncode else ""
 
 
 def tests_of(file: str) -> tuple[str, ...]:
