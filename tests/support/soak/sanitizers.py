@@ -57,7 +57,7 @@ TOOLS = {
         {"TSAN_OPTIONS": "ignore_noninstrumented_modules=1"},
         ("libtsan.so", "libstdc++.so"),
     ),
-    # The program counts what it allocates by operators of its own, some of which are compiled into their callers.
+    # The program has operators of its own for memory, some of which are compiled into their callers.
     "valgrind": Tool(
         "",
         command=("valgrind", "--quiet", "--error-exitcode=1", "--show-mismatched-frees=no"),
