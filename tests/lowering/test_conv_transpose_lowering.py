@@ -134,6 +134,9 @@ UNSTRIDED = {
 }
 """Depthwise, whose neighbouring results CUDA's threads compute together."""
 
+CUT = {"cut": convs.Conv((5, 4), (3, 3), 2, ((-1, -2), (2, -1)), inputs=3, outputs=12)}
+"""A transposed convolution with pixels that no window reaches, of so many channels that cuDNN has it."""
+
 
 FOR_CUDA = (
     "hifigan", "dilated", "fcn", "image-head", "upsample", "depthwise-dilated", "one-output-a-group",
@@ -145,12 +148,12 @@ FOR_CUDA = (
 @pytest.mark.parametrize("op", convs.OPS, ids=str)
 @pytest.mark.parametrize(
     ("name", "data_format"),
-    [*((n, "channels_last") for n in FOR_CUDA), *((n, f) for n in UNSTRIDED for f in grid.FORMATS)],
+    [*((n, "channels_last") for n in FOR_CUDA), *((n, f) for n in UNSTRIDED | CUT for f in grid.FORMATS)],
 )
 def test_the_forms_for_cuda_are_right(name, data_format, op, monkeypatch):
     """What CUDA gets, run on the CPU."""
     monkeypatch.setattr("jax_mps.lowering.rule.platform_of", lambda ctx: "cuda")
-    case = convs.CASES.get(name) or UNSTRIDED[name]
+    case = (convs.CASES | UNSTRIDED | CUT)[name]
     call = {**case.call, "data_format": data_format}
     arrays = case.arrays(data_format)
     compiled = jax.jit(lambda arrays: op.apply(arrays, **call, implementation="xla"))

@@ -127,11 +127,19 @@ def test_threads_on_several_devices_neither_wait_for_ever_nor_change_the_bits(fo
 
 
 @pytest.mark.parametrize(
-    "way", ["forked_before_use", "forked_after_use", pytest.param("spawned", marks=pytest.mark.full)]
+    "way",
+    [
+        "forked_before_use",
+        "forked_after_use",
+        pytest.param("spawned", marks=pytest.mark.full),
+        pytest.param("loaded", marks=pytest.mark.full),
+    ],
 )
 @pytest.mark.skipif(sys.platform == "darwin", reason="Apple's libraries do not work in forked processes")
 @pytest.mark.usefixtures("native")
 def test_processes_that_a_program_starts_work(way):
+    if way == "loaded":
+        pytest.importorskip("torch")
     finish(start(f"if __name__ == '__main__':\n    import forks; forks.WAYS[{way!r}]()", NPROC="2"))
 
 

@@ -267,3 +267,18 @@ class TestExplicitSharding:
         each = jax.jit(jax.vmap(lambda x: jax_mps.conv_transpose(x, kernel, **CASE.call)))(x)
         check_close(each, values["forward"])
         assert each.sharding.spec == P("d", None, None, None)
+
+    @pytest.mark.parametrize(("groups", "kept"), [(8, "d"), (2, None)])
+    def test_channels_of_groups_stay_sharded_where_devices_hold_whole_groups(self, groups, kept):
+        case = CASE._replace(inputs=8, outputs=16, groups=groups)
+        arrays = case.arrays(batch=(2,))
+        f, channels = function(convs.FORWARD, case), P(None, None, None, "d")
+        expected = convs.FORWARD.expect(arrays, **case.call)
+
+        def place(x: Any, sharded: bool) -> Any:
+            return jax.device_put(x, channels if sharded else P(None, None, None, None))
+
+        for of_image, of_kernel in ((True, True), (True, False), (False, True)):
+            y = jax.jit(f)(place(arrays.x, of_image), place(arrays.kernel, of_kernel))
+            assert y.sharding.spec == P(None, None, None, kept), (of_image, of_kernel)
+            check_close(y, expected.astype(np.float32))

@@ -165,3 +165,8 @@ def test_planes_have_fewer_pixels_than_int32_has_numbers():
     like = jax.ShapeDtypeStruct((1, 1, 1, 1), np.float32), jax.ShapeDtypeStruct((1, 1, 1, 1), np.int32)
     with pytest.raises(ValueError, match="fewer than 2"):
         jax.eval_shape(lambda y, at: jax_mps.max_unpool(y, at, (2**16, 2**15)), *like)
+
+
+def test_images_without_channels_are_refused():
+    with pytest.raises(ValueError, match=r"y must have 2 spatial axes and a channel axis, got shape .2, 3"):
+        jax_mps.max_unpool(jnp.ones((2, 3)), jnp.zeros((2, 3), jnp.int32), (4, 6))

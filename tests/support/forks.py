@@ -8,6 +8,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import jax
 import numpy as np
@@ -86,4 +87,26 @@ def spawned() -> None:
         assert list(workers.map(result, SEEDS)) == expected
 
 
-WAYS = {f.__name__: f for f in (forked_before_use, forked_after_use, spawned)}
+class Images:
+    """A data set for PyTorch."""
+
+    def __len__(self) -> int:
+        return len(SEEDS)
+
+    def __getitem__(self, number: int) -> np.ndarray:
+        return image(SEEDS[number])
+
+
+def loaded() -> None:
+    """PyTorch's `DataLoader` brings images from its workers, while they are pooled."""
+    from torch.utils.data import DataLoader
+
+    expected = list(map(result, SEEDS))
+    for method in ("fork", "spawn"):
+        images: Any = DataLoader(Images(), None, num_workers=WORKERS, multiprocessing_context=method)  # type: ignore[arg-type]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assert [np.asarray(step(x.numpy())).tobytes() for x in images] == expected
+
+
+WAYS = {f.__name__: f for f in (forked_before_use, forked_after_use, spawned, loaded)}

@@ -13,7 +13,7 @@ PATIENCE = 400
 """Seconds after which a child prints the stacks of its threads and ends."""
 
 FORMS = ("plain", "vmap", "scan", "callback", "sharded", "traced")
-WAYS = ("forked_before_use", "forked_after_use", "spawned")
+WAYS = ("forked_before_use", "forked_after_use", "spawned", "loaded")
 
 
 def step(seed: int, number: int, check: Callable[[Any], None]) -> None:
