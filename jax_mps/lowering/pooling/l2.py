@@ -115,8 +115,8 @@ def l2_pool_gradient(
     if x.dtype == np.float16 or platform == "apple":  # Metal lets few arrays feed one kernel
         dx = image * total(g, y, somewhere)
     else:
-        # Quotients above 1 are brought down, the others up, by the operand that has room. What is left of sums that
-        # cancel must not be subnormal.
+        # Quotients above 1 are brought down, the others up, by the operand that has room. What is left of
+        # sums that cancel must not be subnormal.
         size, exponent = lax.max(g, -g), _exponent_of_quotients(y.dtype)
         up, down = _power(y, exponent), _power(y, -exponent)
         above = lax.gt(size, y)
