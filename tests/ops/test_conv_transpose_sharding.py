@@ -282,3 +282,6 @@ class TestExplicitSharding:
             y = jax.jit(f)(place(arrays.x, of_image), place(arrays.kernel, of_kernel))
             assert y.sharding.spec == P(None, None, None, kept), (of_image, of_kernel)
             check_close(y, expected.astype(np.float32))
+            dk = jax.jit(function(convs.WEIGHTS, case))(place(arrays.g, of_image), place(arrays.x, of_image))
+            assert dk.sharding.spec == P(None, None, None, kept if of_image else None)
+            check_close(dk, convs.WEIGHTS.expect(arrays, **case.call).astype(np.float32))

@@ -63,7 +63,14 @@ ROOMS = {
     "lowering/library.py": ("native/test_library.py", "lowering/test_lowering.py"),
     "lowering/partition.py": ("lowering/test_partition.py", "ops/test_pooling_sharding.py"),
     "lowering/conv_transpose/": ("lowering/test_conv_transpose_lowering.py", *CONVOLUTION[1:5]),
-    "lowering/pooling/": ("lowering/test_lowering.py", *POOLING[:2], "ops/test_half_reductions.py"),
+    "lowering/pooling/": (
+        "lowering/test_lowering.py",
+        *POOLING[:2],
+        "ops/test_selected_tap.py",
+        "ops/test_unpool.py",
+        "ops/test_half_reductions.py",
+        "ops/test_special_values.py",
+    ),
     "lowering/": ("lowering/test_lowering.py", "lowering/test_export.py", *POOLING[:2], *CONVOLUTION[1:2]),
     "stock/": (
         "stock/test_recognition.py",
