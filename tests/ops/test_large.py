@@ -78,3 +78,6 @@ def test_planes_too_large_for_int32_positions():
     x = jax.ShapeDtypeStruct((1, 2**16, 2**15, 1), np.int8)
     with pytest.raises(ValueError, match=r"return_indices=True needs spatial planes below 2\*\*31"):
         jax.eval_shape(lambda x: jax_mps.max_pool(x, 2, strides=2, return_indices=True), x)
+    largest = jax.ShapeDtypeStruct((1, 2**31 - 1, 1), np.int8)
+    y, at = jax.eval_shape(lambda x: jax_mps.max_pool(x, 2, strides=2, return_indices=True), largest)
+    assert y.shape == at.shape == (1, 2**30 - 1, 1)
