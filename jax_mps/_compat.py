@@ -55,6 +55,7 @@ except ImportError:  # experimental modules come and go
     _jet = None  # type: ignore[assignment]
 
 __all__ = [
+    "HAS_SHARDING_RULES",
     "Primitive",
     "call_native",
     "can_partition",

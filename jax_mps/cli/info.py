@@ -91,9 +91,10 @@ def _kind(device: jax.Device) -> str:
 
 
 def _paths(native: bool) -> dict[str, str]:
+    kernels = "native kernels" if native else "StableHLO"
     return {
-        "cpu, one device or shard_map": "native kernels" if native else "StableHLO",
-        "cpu, sharded automatically": "StableHLO, which XLA partitions",
+        "cpu, one device or shard_map": kernels,
+        "cpu, sharded arrays under jit": kernels if _compat.HAS_SHARDING_RULES else "StableHLO",
         "cpu, exported or symbolic shapes": "StableHLO",
         "cuda": "StableHLO",
         "METAL (jax-metal)": "StableHLO; never run on Apple hardware by us",
