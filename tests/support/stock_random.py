@@ -74,9 +74,9 @@ def convolution(seed: int, dtype: str = "float32") -> Case:
         channels = {"N": batch * batches, "C": per_group * features, "I": per_group, "O": outputs * groups}
         image = channels | dict(zip(letters, draw(1, 10, rank), strict=True))
         kernel = channels | dict(zip(letters, draw(1, 6, rank), strict=True))
-        # Of some convolutions with an axis like these, XLA's simplifier ends the process.
+        # Stock: XLA's simplifier ends the process over some convolutions with an axis like these.
         axes = [(e, pads, kernel[a]) for a, e, pads in zip(letters, lhs_dilation, padding, strict=True)]
-        if any(e > 1 and (pads == (0, 0) and e >= k or groups > 1 and 0 in pads) for e, pads, k in axes):
+        if any(e > 1 and ((pads == (0, 0) and e >= k) or (groups > 1 and 0 in pads)) for e, pads, k in axes):
             continue
         call: dict[str, Any] = {
             "window_strides": strides,
