@@ -41,7 +41,10 @@ def test_on_and_off() -> None:
     assert row.ours
     assert row.operation == "conv_general_dilated"
     assert row.operands == ("float32[2,12,12,8]", "float32[3,3,8,16]")
-    assert "1 of 1 by jax_mps" in str(handle.report())
+    head, line, total = str(handle.report()).splitlines()
+    assert head.split() == ["times", "operation", "operands", "result", "code", "why"]
+    assert line.split(maxsplit=6) == ["1", row.operation, *row.operands, row.result, "jax_mps", row.why]
+    assert total == "1 of 1 by jax_mps"
     handle.restore()
     handle.restore()
     assert text() == stock

@@ -54,6 +54,8 @@ struct List {
 // lane and overlaps its neighbour, so that no vector is partial unless there is no other.
 struct Panel {
   int64_t start, vectors, first;  // lane; vectors before it
+  // Lanes that the neighbour has, too, and stores: another thread may do so at the same time.
+  int64_t shared(int64_t lanes) const { return first * lanes - start; }
 };
 
 template <class T>

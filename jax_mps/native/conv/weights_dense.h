@@ -341,9 +341,9 @@ struct WeightTask {
     for (int64_t q = p.begin; q < p.end; ++q, sums += kTile) {
       const Panel panel = PanelAt(q);
       const Range rows = RowsAt(i), lanes = LanesAt(panel);
-      const int64_t pitch = panel.vectors * kN;
+      const int64_t pitch = panel.vectors * kN, shared = panel.shared(kN);
       const auto [begin, end] = image_lanes ? lanes : rows;
-      for (int64_t column = begin, next; column < end; column = next) {
+      for (int64_t column = begin + (image_lanes ? shared : 0), next; column < end; column = next) {
         const int64_t k = column / out;
         next = Least(end, (k + 1) * out);
         R* to = of_group + (RunAt(i, q) * run_taps + k) * layout.tap + (column - k * out) * layout.out;
@@ -351,8 +351,8 @@ struct WeightTask {
           CopyMatrix<T>(rows.end - rows.begin, next - column, sums + column - begin, pitch, 1, to + rows.begin * layout.in,
                         layout.in, layout.out);
         } else {
-          CopyMatrix<T>(next - column, lanes.end - lanes.begin, sums + (column - begin) * pitch, pitch, 1,
-                        to + lanes.begin * layout.in, layout.out, layout.in);
+          CopyMatrix<T>(next - column, lanes.end - lanes.begin - shared, sums + (column - begin) * pitch + shared, pitch, 1,
+                        to + (lanes.begin + shared) * layout.in, layout.out, layout.in);
         }
       }
     }
@@ -469,10 +469,10 @@ struct DirectTask {
   template <class R>
   void Emit(int64_t group, int64_t q, const T* sums, R* result) const {
     const Panel panel = lanes.panel(q);
-    for (int64_t tap = 0; tap < TapCount(problem); ++tap, sums += out * kPitch) {
-      CopyMatrix<T>(out, panel.vectors * kN, sums, kPitch, 1,
-                    result + layout.base + group * layout.group + tap * layout.tap + panel.start * layout.in, layout.out,
-                    layout.in);
+    const int64_t shared = panel.shared(kN);
+    R* to = result + layout.base + group * layout.group + (panel.start + shared) * layout.in;
+    for (int64_t tap = 0; tap < TapCount(problem); ++tap, sums += out * kPitch, to += layout.tap) {
+      CopyMatrix<T>(out, panel.vectors * kN - shared, sums + shared, kPitch, 1, to, layout.out, layout.in);
     }
   }
 };
