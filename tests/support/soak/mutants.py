@@ -170,7 +170,7 @@ def failure(folder: str, tests: tuple[str, ...], *options: str) -> str:
         return "time is over"
     # 1: a test fails; 2 and 4: a test or conftest.py cannot be imported. What a signal ends is killed too.
     assert done.returncode in (0, 1, 2, 4) or done.returncode < 0, done.stdout
-    return done.stdout if done.returncode else ""
+    return f"exit status {done.returncode}: {done.stdout}" if done.returncode else ""
 
 
 def tests_of(file: str) -> tuple[str, ...]:
