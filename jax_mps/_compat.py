@@ -25,6 +25,7 @@ from typing import Any
 
 import jax
 import jax.core
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax._src.core import (
@@ -75,6 +76,7 @@ __all__ = [
     "sharded_like",
     "sharding_of",
     "symbolic_below",
+    "take_along_axis",
     "vary_alike",
     "warn_if_untested",
     "zero_tangent",
@@ -116,6 +118,16 @@ def symbolic_below(value: Any, bound: int) -> bool:
         return bool(value < bound)
     except InconclusiveDimensionOperation:
         return False
+
+
+# --- gathers ------------------------------------------------------------------------------------------
+
+
+def take_along_axis(x: Any, indices: Any, axis: int) -> Any:
+    """`jnp.take_along_axis` for indices in bounds, of the size of `x` or 1 along the other axes."""
+    if jax.__version_info__ < (0, 4, 38) and 0 in x.shape:  # refused there
+        return jnp.zeros((*x.shape[:axis], indices.shape[axis], *x.shape[axis + 1 :]), x.dtype)
+    return jnp.take_along_axis(x, indices, axis=axis, mode="promise_in_bounds")
 
 
 # --- shard_map ----------------------------------------------------------------------------------------

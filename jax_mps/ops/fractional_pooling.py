@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
-from jax_mps import geometry
+from jax_mps import _compat, geometry
 from jax_mps.geometry import DataFormat, Ints
 from jax_mps.lowering import rule
 from jax_mps.ops import max_pooling, operands, tiling
@@ -137,7 +137,7 @@ def fractional_max_pool(
         first = jnp.expand_dims(first, [start + j for j in range(rank) if j != i])
         within = tiling.along(np.tile(np.arange(k, dtype=np.int32), o), start + i, image.ndim)
         pixels = jnp.repeat(first, k, axis=start + i) + within
-        tiles = jnp.take_along_axis(tiles, pixels, axis=start + i, mode="promise_in_bounds")
+        tiles = _compat.take_along_axis(tiles, pixels, axis=start + i)
         firsts.append(first)
     window = tiling.window_of_tiles(counts, taps)
     if not return_indices:
