@@ -67,7 +67,10 @@ class Family:
 
 @dataclasses.dataclass
 class Image:
-    """What an image array has beside its spatial axes. `focus` says what has the length of vectors."""
+    """What an image array has beside its spatial axes.
+
+    `focus` says what has the length of vectors, or that the array is large enough for several threads.
+    """
 
     rank: int
     batch: list[int]
@@ -82,22 +85,27 @@ class Image:
         return [*self.batch, *sizes, channels] if self.last else [*self.batch, channels, *sizes]
 
 
-def image(draw: Draw, ranks: Sequence[int] = (2, 1, 3)) -> Image:
-    rank = draw(st.sampled_from(ranks))
-    batch = draw(st.sampled_from([*[[1], [2], [], [2, 1], [3]] * 3, [0]]))
-    data_format = draw(st.sampled_from(["channels_last", "channels_first", *LAYOUTS[rank]]))
-    return Image(rank, batch, data_format, draw(st.sampled_from(["nothing", "channels", "pixels"])))
+def image(draw: Draw, *, large: bool = True) -> Image:
+    rank = draw(st.sampled_from([2, 1, 3]))
+    focus = draw(st.sampled_from(["nothing", "channels", "pixels", *["large"] * large]))
+    small, much = [*[[1], [2], [], [2, 1], [3]] * 3, [0]], [[8], [17], [3, 5]]
+    batch = draw(st.sampled_from(much if focus == "large" else small))
+    return Image(
+        rank, batch, draw(st.sampled_from(["channels_last", "channels_first", *LAYOUTS[rank]])), focus
+    )
 
 
 def channels(draw: Draw, focus: str) -> int:
-    return draw(st.sampled_from(LENGTHS) if focus == "channels" else st.sampled_from([*[1, 2, 3, 5] * 4, 0]))
+    long = focus in ("channels", "large")
+    return draw(st.sampled_from(LENGTHS) if long else st.sampled_from([*[1, 2, 3, 5] * 4, 0]))
 
 
 def pixels(focus: str, rank: int, axis: int) -> st.SearchStrategy[int]:
     """The size of a spatial axis, of which the last one may have the length of vectors."""
     if focus == "pixels" and axis == rank - 1:
         return st.sampled_from(LENGTHS)
-    return st.integers(1, {1: 12, 2: 7, 3: 4}[rank])
+    most = {1: 300, 2: 20, 3: 8} if focus == "large" else {1: 12, 2: 7, 3: 4}
+    return st.integers(1, most[rank])
 
 
 def taps(rank: int) -> st.SearchStrategy[int]:
@@ -158,9 +166,15 @@ def placed(sizes: Sequence[int], call: Call) -> Call:
 
 
 def pooling(
-    draw: Draw, *, gradient: bool = False, divisor: bool = False, order: bool = False, indices: bool = False
+    draw: Draw,
+    *,
+    gradient: bool = False,
+    divisor: bool = False,
+    order: bool = False,
+    indices: bool = False,
+    large: bool = True,
 ) -> Drawn:
-    drawn = image(draw)
+    drawn = image(draw, large=large)
     sizes, call = windows(draw, drawn)
     count = channels(draw, drawn.focus)
     shapes = [drawn.shape(sizes, count)]
@@ -184,7 +198,7 @@ def average_gradient(draw: Draw) -> Drawn:
 
 
 def selection(draw: Draw) -> Drawn:
-    shapes, call = pooling(draw)
+    shapes, call = pooling(draw, large=False)  # the reference looks at number after number
     return shapes, call | {"with_padding": draw(st.booleans())}
 
 
@@ -234,7 +248,7 @@ def unpool(draw: Draw) -> Drawn:
 def conv_channels(draw: Draw, focus: str) -> tuple[int, int, int]:
     """Groups, and the channels of a group on either side."""
     form = draw(st.sampled_from(["dense", "groups", "depthwise"]))
-    long = st.sampled_from(LENGTHS) if focus == "channels" else st.integers(1, 4)
+    long = st.sampled_from(LENGTHS) if focus in ("channels", "large") else st.integers(1, 4)
     if form == "depthwise":
         return draw(long), 1, draw(st.sampled_from([1, 1, 2]))
     groups = 1 if form == "dense" else draw(st.integers(2, 4))
