@@ -5,6 +5,7 @@ Defaults and meaning are Flax's. Beyond its arguments there are keyword argument
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol, overload
@@ -377,6 +378,13 @@ class WideBias:
         if bias is not None and is_half(bias.dtype):
             bias = bias.astype(jnp.float32)
         return image, kernel, bias
+
+
+def adding_wide_bias(layer: Any) -> contextlib.AbstractContextManager[Any]:
+    """Lets a layer of an old Flax, which has no `promote_dtype`, add a bias of half precision to float32 sums."""
+    return (
+        contextlib.nullcontext() if hasattr(layer, "promote_dtype") else jax.numpy_dtype_promotion("standard")
+    )
 
 
 def is_half(dtype: Any) -> bool:

@@ -358,6 +358,8 @@ def test_strict_promotion() -> None:
         layer = linen.Conv(3, (3,), padding="CIRCULAR", dtype=jnp.bfloat16, **PLAIN)
         assert layer.init_with_output(jax.random.key(0), x)[0].dtype == jnp.bfloat16
         assert nnx.Conv(2, 3, (3,), **PLAIN, rngs=nnx.Rngs(0))(x).shape == (2, 4, 3)
+        half = nnx.Conv(2, 3, (3,), dtype=jnp.bfloat16, **PLAIN, rngs=nnx.Rngs(0))
+        assert half(x).dtype == jnp.bfloat16
 
 
 def test_other_convolutions_are_flax_own() -> None:

@@ -122,6 +122,8 @@ def test_independent_calls_in_one_program_do_not_wait_for_each_other(threads):
 @pytest.mark.full
 @pytest.mark.usefixtures("native")
 def test_threads_on_several_devices_neither_wait_for_ever_nor_change_the_bits(form, devices, pool):
+    if form == "sharded" and jax.__version_info__ < (0, 8):
+        pytest.skip("this JAX cuts no native kernels")
     flags = f"--xla_force_host_platform_device_count={devices}"
     finish(start(f"import chains; chains.run({form!r}, 5, 0)", NPROC=str(pool), XLA_FLAGS=flags))
 
