@@ -50,7 +50,7 @@ def test_a_fault_is_found_and_made_small(monkeypatch: pytest.MonkeyPatch) -> Non
             failing.append(case)
             raise
 
-    with pytest.raises(AssertionError, match="numbers differ|not equal"):
+    with pytest.raises(AssertionError, match=r"numbers differ|not equal"):
         differential.step(0, 0, check, names=["max_unpool"])
     smallest = failing[-1]
     assert smallest["shapes"][0][-1] <= 3

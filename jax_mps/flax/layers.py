@@ -381,7 +381,7 @@ class WideBias:
 
 
 def adding_wide_bias(layer: Any) -> contextlib.AbstractContextManager[Any]:
-    """Lets a layer of an old Flax, which has no `promote_dtype`, add a bias of half precision to float32 sums."""
+    """Lets a layer of an old Flax, without `promote_dtype`, add a bias of half precision to float32 sums."""
     return (
         contextlib.nullcontext() if hasattr(layer, "promote_dtype") else jax.numpy_dtype_promotion("standard")
     )
