@@ -15,7 +15,12 @@ import pytest
 
 import jax_mps
 
-ERROR = {"float32": 4e-6, "bfloat16": 2.0**-8, "float16": 2.0**-10}
+# XLA before that of JAX 0.10 may add a thousand numbers one after the other.
+ERROR = {
+    "float32": 2e-6 if jax.__version_info__ >= (0, 10) else 2e-5,
+    "bfloat16": 2.0**-8,
+    "float16": 2.0**-10,
+}
 """Relative; of half precision the rounding of the result."""
 
 
