@@ -15,9 +15,9 @@ import pytest
 
 import jax_mps
 
-# XLA before that of JAX 0.10 may add a thousand numbers one after the other.
+# Before JAX 0.10 XLA may sum axes together, and add 32 numbers an axis one after the other.
 ERROR = {
-    "float32": 2e-6 if jax.__version_info__ >= (0, 10) else 2e-5,
+    "float32": 2e-6 if jax.__version_info__ >= (0, 10) else 3e-4,
     "bfloat16": 2.0**-8,
     "float16": 2.0**-10,
 }
