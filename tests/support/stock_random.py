@@ -75,8 +75,15 @@ def convolution(seed: int, dtype: str = "float32") -> Case:
         image = channels | dict(zip(letters, draw(1, 10, rank), strict=True))
         kernel = channels | dict(zip(letters, draw(1, 6, rank), strict=True))
         # Stock: XLA's simplifier ends the process over some convolutions with an axis like these.
-        axes = [(e, pads, kernel[a]) for a, e, pads in zip(letters, lhs_dilation, padding, strict=True)]
-        if any(e > 1 and ((pads == (0, 0) and e >= k) or (groups > 1 and 0 in pads)) for e, pads, k in axes):
+        axes = [
+            (image[a], kernel[a], *line)
+            for a, *line in zip(letters, strides, padding, lhs_dilation, rhs_dilation, strict=True)
+        ]
+        if any(
+            (e > 1 and ((pads == (0, 0) and e >= k) or (groups > 1 and 0 in pads)))
+            or (s > 1 and s >= k and _pads_of_gradient(n, k, s, pads, e, d) == (0, 0))
+            for n, k, s, pads, e, d in axes
+        ):
             continue
         call: dict[str, Any] = {
             "window_strides": strides,
@@ -100,6 +107,15 @@ def convolution(seed: int, dtype: str = "float32") -> Case:
         if 0 < out.size < 20000:
             x, k = (rng.standard_normal(shape).astype(jnp.dtype(dtype)) for shape in shapes)
             return Case(function, (x, k), f"{call} of {shapes}")
+
+
+def _pads_of_gradient(
+    size: int, taps: int, stride: int, pads: tuple[int, int], expansion: int, dilation: int
+) -> tuple[int, int]:
+    """The padding along an axis of the convolution that is the gradient to the image."""
+    between, reach = (size - 1) * expansion, (taps - 1) * dilation
+    results = (between + sum(pads) - reach) // stride
+    return reach - pads[0], between - results * stride + pads[0]
 
 
 def _reduce(x: Array, *, kind: str, **call: Any) -> Array:
