@@ -75,14 +75,11 @@ def convolution(seed: int, dtype: str = "float32") -> Case:
         image = channels | dict(zip(letters, draw(1, 10, rank), strict=True))
         kernel = channels | dict(zip(letters, draw(1, 6, rank), strict=True))
         # Stock: XLA's simplifier ends the process over some convolutions with an axis like these.
-        axes = [
-            (image[a], kernel[a], *line)
-            for a, *line in zip(letters, strides, padding, lhs_dilation, rhs_dilation, strict=True)
-        ]
+        axes = zip(letters, strides, padding, lhs_dilation, rhs_dilation, strict=True)
         if any(
-            (e > 1 and ((pads == (0, 0) and e >= k) or (groups > 1 and 0 in pads)))
-            or (s > 1 and s >= k and _pads_of_gradient(n, k, s, pads, e, d) == (0, 0))
-            for n, k, s, pads, e, d in axes
+            (e > 1 and ((pads == (0, 0) and e >= kernel[a]) or (groups > 1 and 0 in pads)))
+            or (1 < s >= kernel[a] and _pads_of_gradient(image[a], kernel[a], s, pads, e, d) == (0, 0))
+            for a, s, pads, e, d in axes
         ):
             continue
         call: dict[str, Any] = {
@@ -110,7 +107,7 @@ def convolution(seed: int, dtype: str = "float32") -> Case:
 
 
 def _pads_of_gradient(
-    size: int, taps: int, stride: int, pads: tuple[int, int], expansion: int, dilation: int
+    size: int, taps: int, stride: int, pads: tuple[int, ...], expansion: int, dilation: int
 ) -> tuple[int, int]:
     """The padding along an axis of the convolution that is the gradient to the image."""
     between, reach = (size - 1) * expansion, (taps - 1) * dilation
