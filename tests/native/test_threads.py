@@ -10,6 +10,7 @@ import pytest
 
 import jax_mps
 import oracle
+from devices import needs_partitioning
 from processes import finish, finish_all, start
 
 SAVE_RESULTS = "import native_results; native_results.save({path!r})"
@@ -115,15 +116,13 @@ def test_independent_calls_in_one_program_do_not_wait_for_each_other(threads):
         ("vmap", "1", "2"),
         ("scan", "8", "1"),
         ("callback", "1", "1"),
-        ("sharded", "4", "2"),
+        pytest.param("sharded", "4", "2", marks=needs_partitioning),
         ("traced", "1", "2"),
     ],
 )
 @pytest.mark.full
 @pytest.mark.usefixtures("native")
 def test_threads_on_several_devices_neither_wait_for_ever_nor_change_the_bits(form, devices, pool):
-    if form == "sharded" and jax.__version_info__ < (0, 8):
-        pytest.skip("this JAX cuts no native kernels")
     flags = f"--xla_force_host_platform_device_count={devices}"
     finish(start(f"import chains; chains.run({form!r}, 5, 0)", NPROC=str(pool), XLA_FLAGS=flags))
 
