@@ -88,10 +88,10 @@ class Conv(flax.linen.Conv):
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """The convolution of `inputs`."""
+        if not (isinstance(self.conv_general_dilated, Convolution) and self.use_bias):
+            return super().__call__(inputs)
         with layers.adding_wide_bias(self):
             y = super().__call__(inputs)
-        if not (isinstance(self.conv_general_dilated, Convolution) and self.use_bias):
-            return y
         promote = getattr(self, "promote_dtype", promote_dtype)
         arrays = (inputs, *(self.get_variable("params", name) for name in ("kernel", "bias")))
         return layers.round_half(y, lambda: promote(*arrays, dtype=self.dtype), None)

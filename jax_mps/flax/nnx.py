@@ -101,10 +101,10 @@ class Conv(flax.nnx.Conv):
 
     def __call__(self, inputs: jax.Array, *arguments: typing.Any, **options: typing.Any) -> jax.Array:
         """The convolution of `inputs`; Flax's other arguments, as far as the installed version has them."""
+        if not isinstance(self.conv_general_dilated, Convolution) or self.bias is None:
+            return super().__call__(inputs, *arguments, **options)
         with layers.adding_wide_bias(self):
             y = super().__call__(inputs, *arguments, **options)
-        if not isinstance(self.conv_general_dilated, Convolution) or self.bias is None:
-            return y
         promote = getattr(self, "promote_dtype", promote_dtype)
         arrays = (inputs, self.kernel[...], self.bias[...])
         preferred = getattr(self, "preferred_element_type", None)

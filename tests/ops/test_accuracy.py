@@ -15,12 +15,7 @@ import pytest
 
 import jax_mps
 
-# Before JAX 0.10 XLA may sum axes together, and add 32 numbers an axis one after the other.
-ERROR = {
-    "float32": 2e-6 if jax.__version_info__ >= (0, 10) else 3e-4,
-    "bfloat16": 2.0**-8,
-    "float16": 2.0**-10,
-}
+ERROR = {"float32": 2e-6, "bfloat16": 2.0**-8, "float16": 2.0**-10}
 """Relative; of half precision the rounding of the result."""
 
 
@@ -45,16 +40,18 @@ LARGE = [((2**24,), 1), ((4096, 4096), 1), ((256, 256, 256), 1), ((3, 5, 2**19),
 )
 def test_large_windows(window, channels, data_format, dtype, implementation):
     """Means and norms, with and without a window that reaches beyond the image."""
-    value = float(jnp.asarray(0.7, dtype))
+    value, most = float(jnp.asarray(0.7, dtype)), ERROR[dtype]
+    if implementation == "xla" and dtype == "float32" and jax.__version_info__ < (0, 10):
+        most = 3e-4  # this XLA may sum axes together, and add 32 numbers an axis one after the other
     x = of_rank(np.full((1, *window, channels), value, jnp.dtype(dtype)), data_format)
     how = {"strides": window, "data_format": data_format, "implementation": implementation}
-    assert error(jax_mps.avg_pool(x, window, **how), value) <= ERROR[dtype]
+    assert error(jax_mps.avg_pool(x, window, **how), value) <= most
     behind = [(0, n // 8) for n in window]
     y = jax_mps.avg_pool(x, window, padding=behind, count_include_pad=False, **how)
-    assert error(y, value) <= ERROR[dtype]
+    assert error(y, value) <= most
     if dtype != "float16":  # whose norms overflow
         norm = value * math.sqrt(math.prod(window))
-        assert error(jax_mps.l2_pool(x, window, **how), norm) <= ERROR[dtype]
+        assert error(jax_mps.l2_pool(x, window, **how), norm) <= most
 
 
 @pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
